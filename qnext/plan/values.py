@@ -69,7 +69,10 @@ class Placement:
     `host:port` endpoints registered before loading (device `RPC<i>` is the i-th endpoint). `n_gpu_layers`
     counts the output layer, as `-ngl` does. `overrides` are tried in order, the first match wins.
     `context` is the total over `parallel` sequences, as `-c` is. `extra_buffers` is llama.cpp's
-    `use_extra_bufts`: whether it may repack weights by itself (`--no-repack` when False).
+    `use_extra_bufts`: whether it may repack weights by itself (`--no-repack` when False). `outputs_max` is
+    the most tokens of one batch that yield logits (llama.cpp's `n_outputs_max`; 0 means every token of the
+    batch, which costs ubatch × vocabulary × 4 bytes of compute buffer; llama-server uses `parallel`).
+    `recurrent_rollback` is `n_rs_seq`, snapshots of the recurrent state beyond the current one.
     """
 
     devices: tuple[str, ...] = ()
@@ -92,6 +95,10 @@ class Placement:
     kv_unified: bool = False
     kv_offload: bool = True
     op_offload: bool = True
+    outputs_max: int = 0
+    swa_full: bool = False
+    load_mtp: bool = False
+    recurrent_rollback: int = 0
 
 
 @dataclass(frozen=True, slots=True)
