@@ -1,0 +1,389 @@
+"""What the engine child can do: open a model, tokenise, generate, bench, dry-run, describe itself.
+
+Every operation takes and returns plain JSON values. Nothing in here decides placement or prints.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from qnext.engine.llama import binding
+from qnext.engine.llama.params import ModelParams, context_params
+from qnext.engine.protocol import Message
+from qnext.plan.values import Override, Placement
+
+Stream = Callable[..., None]
+
+
+class Cancelled(Exception):
+    """The parent asked for the running operation to stop."""
+
+
+class EngineFailure(Exception):
+    """llama.cpp said no without dying. `kind` is for programs, the text for people."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def placement_from_message(fields: dict[str, Any]) -> Placement:
+    """A Placement from its JSON form (lists become tuples)."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    values["overrides"] = tuple(Override(**override) for override in fields["overrides"])
+    return Placement(**values)
+
+
+class Runtime:
+    """One model and one context at a time, and the operations on them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.cancel_requested = threading.Event()
+        self._stream = stream
+        self._abort_flag = ctypes.create_string_buffer(2)
+        self._model: Any = None
+        self._vocab: Any = None
+        self._context: Any = None
+        self._threadpool: int = 0
+        self._placement: Placement | None = None
+        self._context_tokens: list[int] = []
+        self._backend_ready = False
+        self._keep_alive: list[object] = []
+
+    def handle(self, request: Message) -> dict[str, Any]:
+        """Run one request; its `op` names the method. Raises Cancelled, EngineFailure, EngineMissingError."""
+        self.cancel_requested.clear()
+        self._abort_flag[0] = b"\0"
+        operations: dict[str, Callable[..., dict[str, Any]]] = {
+            "describe": self.describe,
+            "open": self.open,
+            "dry_run": self.dry_run,
+            "tokenize": self.tokenize,
+            "generate": self.generate,
+            "bench": self.bench,
+            "close": self.close,
+        }
+        arguments = {name: value for name, value in request.items() if name != "op"}
+        return operations[str(request["op"])](**arguments)
+
+    def _start_backend(self, rpc_servers: tuple[str, ...] = ()) -> Any:
+        lib = binding.llama()
+        if not self._backend_ready:
+            lib.llama_backend_init()
+            # NULL restores llama.cpp's own logger, which writes to standard error: no Python in its path.
+            lib.llama_log_set(lib.llama_log_callback(0), ctypes.c_void_p(0))
+            self._backend_ready = True
+        binding.add_rpc_servers(rpc_servers)
+        return lib
+
+    def describe(self, rpc_servers: list[str] | None = None) -> dict[str, Any]:
+        """Devices, buffer types, build features and whether RPC is compiled in."""
+        lib = self._start_backend(tuple(rpc_servers or ()))
+        devices = [asdict(device) for device in binding.list_devices()]
+        for device in devices:
+            del device["handle"]
+        return {
+            "devices": devices,
+            "buffer_types": sorted(binding.buffer_types()),
+            "system_info": lib.llama_print_system_info().decode(),
+            "rpc": bool(lib.llama_supports_rpc()),
+            "gpu_offload": bool(lib.llama_supports_gpu_offload()),
+            "llama_version": lib.llama_version().decode(),
+        }
+
+    def open(self, model: str, placement: dict[str, Any], context: int | None = None) -> dict[str, Any]:
+        """Load `model` and make a context. Streams `progress` events with a share from 0 to 1."""
+        started = time.perf_counter_ns()
+        self._load(model, placement_from_message(placement), no_alloc=False)
+        self._make_context(context)
+        lib = binding.llama()
+        return {
+            "load_ns": time.perf_counter_ns() - started,
+            "context": lib.llama_n_ctx(self._context),
+            "context_per_sequence": lib.llama_n_ctx_seq(self._context),
+            "batch": lib.llama_n_batch(self._context),
+            "ubatch": lib.llama_n_ubatch(self._context),
+            "vocabulary": lib.llama_vocab_n_tokens(self._vocab),
+        }
+
+    def dry_run(self, model: str, placement: dict[str, Any]) -> dict[str, Any]:
+        """Metadata-only load and simulated allocation: the log then holds KV, state and compute sizes."""
+        self._load(model, placement_from_message(placement), no_alloc=True)
+        self._make_context(None)
+        return self.close()
+
+    def close(self) -> dict[str, Any]:
+        """Free context and model."""
+        lib = binding.llama()
+        if self._context is not None:
+            lib.llama_free(self._context)
+            self._context = None
+        if self._threadpool:
+            binding.free_threadpool(self._threadpool)
+            self._threadpool = 0
+        if self._model is not None:
+            lib.llama_model_free(self._model)
+            self._model = None
+        return {}
+
+    def _load(self, model: str, placement: Placement, *, no_alloc: bool) -> None:
+        self.close()
+        lib = self._start_backend(placement.rpc_servers)
+        parameters = ModelParams(placement, no_alloc=no_alloc)
+        report = lib.llama_progress_callback(self._report_progress)
+        parameters.struct.progress_callback = report
+        self._keep_alive = [parameters, report]
+        self._model = lib.llama_model_load_from_file(model.encode(), parameters.struct)
+        if not self._model:
+            self._model = None
+            if self.cancel_requested.is_set():
+                raise Cancelled
+            raise EngineFailure("load", "llama.cpp could not load the model")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self._placement = placement
+
+    def _report_progress(self, share: float, _user_data: object) -> bool:
+        self._stream("progress", share=share)
+        return not self.cancel_requested.is_set()
+
+    def _make_context(self, context: int | None) -> None:
+        lib = binding.llama()
+        assert self._placement is not None
+        if self._context is not None:
+            lib.llama_free(self._context)
+        self._context = lib.llama_init_from_model(
+            self._model, context_params(self._placement, context=context)
+        )
+        self._context_tokens = []
+        if not self._context:
+            self._context = None
+            raise EngineFailure("context", "llama.cpp could not allocate the context")
+        # libc's strlen over a one-byte flag is the abort callback: llama.cpp asks once per graph node, and
+        # strlen answers "is the flag set?" without entering Python.
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+        lib.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort_flag, ctypes.c_void_p))
+
+    def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> dict[str, Any]:
+        """Token ids of `text`; with `special`, control tokens written out in it count as such."""
+        return {"tokens": self._tokenize(text, special, add_bos)}
+
+    def _tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
+        lib = binding.llama()
+        raw = text.encode()
+        size = len(raw) + 8
+        array = (lib.llama_token * size)()
+        count = lib.llama_tokenize(self._vocab, raw, len(raw), array, size, add_bos, special)
+        if count < 0:
+            raise EngineFailure("tokenize", "llama.cpp could not tokenise the text")
+        return list(array[:count])
+
+    def generate(
+        self,
+        text: str,
+        max_tokens: int,
+        sampling: dict[str, float],
+        ignore_eos: bool = False,
+        stop: list[str] | None = None,
+    ) -> dict[str, Any]:
+        """Continue `text`. Streams `prefill` (done, total) and `token` (text) events; see keys of the result.
+
+        `cached_tokens` were in the context from the turn before and cost nothing; `prefill_ns` is the time to
+        evaluate the other prompt tokens, `decode_ns` the time for `generated - 1` further decodes: the first
+        token comes out of the prefill. `stop_reason` is eos, length, context or stop.
+        """
+        lib = binding.llama()
+        tokens = self._tokenize(text, special=True, add_bos=bool(lib.llama_vocab_get_add_bos(self._vocab)))
+        limit = lib.llama_n_ctx_seq(self._context)
+        if len(tokens) >= limit:
+            raise EngineFailure(
+                "context_full", f"the conversation is {len(tokens)} tokens long, the context {limit}"
+            )
+        cached = self._reuse_context(tokens)
+        started = time.perf_counter_ns()
+        self._prefill(tokens, cached)
+        prefill_ns = time.perf_counter_ns() - started
+        chain = _sampler_chain(sampling)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        generated, reason, written = 0, "length", ""
+        room = min(max_tokens, limit - len(tokens))
+        started = last = time.perf_counter_ns()
+        try:
+            while generated < room:
+                token = lib.llama_sampler_sample(chain, self._context, -1)
+                generated += 1
+                if lib.llama_vocab_is_eog(self._vocab, token) and not ignore_eos:
+                    reason = "eos"
+                    break
+                piece = decoder.decode(self._piece(token))
+                written += piece
+                self._stream("token", text=piece, id=token)
+                if stop and any(mark in written for mark in stop):
+                    reason = "stop"
+                    break
+                if generated == room:
+                    reason = "length" if room == max_tokens else "context"
+                    break
+                self._decode([token])
+                last = time.perf_counter_ns()
+        finally:
+            lib.llama_sampler_free(chain)
+        return {
+            "prompt_tokens": len(tokens),
+            "cached_tokens": cached,
+            "generated": generated,
+            "prefill_ns": prefill_ns,
+            "decode_ns": last - started,
+            "decodes": len(self._context_tokens) - len(tokens),
+            "stop_reason": reason,
+        }
+
+    def _reuse_context(self, tokens: list[int]) -> int:
+        """Keep what the context already holds of `tokens`; returns how many stay (at least one is re-run).
+
+        A hybrid model's recurrent state cannot be rolled back, so `seq_rm` refuses there unless the old
+        tokens are a whole prefix of the new ones; then everything is evaluated again.
+        """
+        memory = binding.llama().llama_get_memory(self._context)
+        common = 0
+        for old, new in zip(self._context_tokens, tokens, strict=False):
+            if old != new:
+                break
+            common += 1
+        common = min(common, len(tokens) - 1)
+        if common < len(self._context_tokens) and not (
+            common > 0 and binding.llama().llama_memory_seq_rm(memory, 0, common, -1)
+        ):
+            binding.llama().llama_memory_clear(memory, True)
+            common = 0
+        self._context_tokens = tokens[:common]
+        return common
+
+    def _prefill(self, tokens: list[int], start: int) -> None:
+        lib = binding.llama()
+        assert self._placement is not None
+        step = self._placement.batch
+        for index in range(start, len(tokens), step):
+            self._decode(tokens[index : index + step])
+            lib.llama_synchronize(self._context)
+            self._stream("prefill", done=min(index + step, len(tokens)) - start, total=len(tokens) - start)
+
+    def _decode(self, tokens: list[int]) -> None:
+        lib = binding.llama()
+        if self.cancel_requested.is_set():
+            raise Cancelled
+        array = (lib.llama_token * len(tokens))(*tokens)
+        status = lib.llama_decode(self._context, lib.llama_batch_get_one(array, len(tokens)))
+        if status == 2 or self.cancel_requested.is_set():
+            self._context_tokens = []
+            lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+            raise Cancelled
+        if status == 1:
+            raise EngineFailure("context_full", "no room left in the context")
+        if status != 0:
+            raise EngineFailure("decode", f"llama_decode failed with status {status}")
+        self._context_tokens.extend(tokens)
+
+    def _piece(self, token: int) -> bytes:
+        lib = binding.llama()
+        buffer = ctypes.create_string_buffer(256)
+        length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:length]
+
+    def abort(self) -> None:
+        """Make a running decode return at the next graph node (called from the reading thread)."""
+        self._abort_flag[0] = b"\1"
+        self.cancel_requested.set()
+
+    def bench(
+        self, prompt: int, generate: int, depth: int, repetitions: int, warmup: bool = True, seed: int = 1
+    ) -> dict[str, Any]:
+        """llama-bench's test: a fresh context, one uncounted warm-up, then `repetitions` timed runs.
+
+        Prompt tokens are random and go in `batch`-sized pieces; generation feeds one random token at a time
+        and synchronises after each. `depth` tokens are evaluated first, their state kept and restored for
+        the later runs. Streams a `sample` event (ns) as each run ends.
+        """
+        assert self._placement is not None
+        lib = binding.llama()
+        self._make_context(prompt + generate + depth)
+        placement = self._placement
+        pool = binding.new_threadpool(placement.threads)
+        binding.ggml("llama_attach_threadpool")(self._context, pool, None)
+        tokens = self._random_tokens(random.Random(seed))
+        memory = lib.llama_get_memory(self._context)
+        saved: Any = None
+        samples: list[int] = []
+        try:
+            if warmup:
+                self._bench_prompt(tokens, prompt)
+                self._bench_generate(tokens, min(generate, 1))
+            for _ in range(repetitions):
+                lib.llama_memory_clear(memory, False)
+                if depth and saved is None:
+                    self._bench_prompt(tokens, depth)
+                    saved = ctypes.create_string_buffer(lib.llama_state_seq_get_size(self._context, 0))
+                    lib.llama_state_seq_get_data(self._context, _bytes_pointer(saved), len(saved), 0)
+                elif depth:
+                    lib.llama_state_seq_set_data(self._context, _bytes_pointer(saved), len(saved), 0)
+                started = time.perf_counter_ns()
+                self._bench_prompt(tokens, prompt)
+                self._bench_generate(tokens, generate)
+                samples.append(time.perf_counter_ns() - started)
+                self._stream("sample", ns=samples[-1])
+        finally:
+            lib.llama_free(self._context)
+            self._context = None
+            binding.free_threadpool(pool)
+        return {"samples_ns": samples}
+
+    def _random_tokens(self, source: random.Random) -> Iterator[int]:
+        vocabulary = binding.llama().llama_vocab_n_tokens(self._vocab)
+        while True:
+            yield source.randrange(vocabulary)
+
+    def _bench_prompt(self, tokens: Iterator[int], count: int) -> None:
+        assert self._placement is not None
+        done = 0
+        while done < count:
+            step = min(count - done, self._placement.batch)
+            self._decode([next(tokens) for _ in range(step)])
+            done += step
+        binding.llama().llama_synchronize(self._context)
+
+    def _bench_generate(self, tokens: Iterator[int], count: int) -> None:
+        for _ in range(count):
+            self._decode([next(tokens)])
+            binding.llama().llama_synchronize(self._context)
+
+
+def _bytes_pointer(buffer: Any) -> Any:
+    return ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint8))
+
+
+def _sampler_chain(sampling: dict[str, float]) -> Any:
+    """Sampler chain in llama.cpp's order; temperature 0 is greedy."""
+    lib = binding.llama()
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    add = lib.llama_sampler_chain_add
+    temperature = float(sampling.get("temperature", 0.0))
+    if temperature <= 0:
+        add(chain, lib.llama_sampler_init_greedy())
+        return chain
+    add(chain, lib.llama_sampler_init_top_k(int(sampling.get("top_k", 40))))
+    add(chain, lib.llama_sampler_init_top_p(float(sampling.get("top_p", 0.95)), 1))
+    add(chain, lib.llama_sampler_init_min_p(float(sampling.get("min_p", 0.0)), 1))
+    add(chain, lib.llama_sampler_init_temp(temperature))
+    add(chain, lib.llama_sampler_init_dist(int(sampling.get("seed", 0xFFFFFFFF))))
+    return chain

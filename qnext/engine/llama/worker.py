@@ -1,0 +1,74 @@
+"""The engine child: reads requests on standard input, drives llama.cpp, answers on its real standard output.
+
+Run as `python -m qnext.engine.llama.worker`. Two threads: this one does the work, the other reads requests,
+so that a cancel is seen while a decode runs, and ends the process when the parent's end of the pipe closes.
+The parent thereby takes the child with it however it dies, `kill -9` included.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+from qnext.engine.llama.binding import EngineMissingError
+from qnext.engine.llama.runtime import Cancelled, EngineFailure, Runtime
+from qnext.engine.protocol import LOG_MARK, Message, read_message, write_message
+
+
+class Channel:
+    """The child's end of the message stream. `reply` marks the log so that the parent can line it up."""
+
+    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+        self._requests = requests
+        self._replies = replies
+        self._marks = 0
+        self.inbox: queue.Queue[Message] = queue.Queue()
+
+    def reply(self, event: str, **fields: object) -> None:
+        """Send one event. Everything logged so far is in the parent's hands before it."""
+        self._marks += 1
+        os.write(2, f"{LOG_MARK}{self._marks}\n".encode())
+        write_message(self._replies, {"event": event, "mark": self._marks, **fields})
+
+    def stream(self, event: str, **fields: object) -> None:
+        """Send one event without marking the log (tokens, progress)."""
+        write_message(self._replies, {"event": event, **fields})
+
+    def read_forever(self, cancel: Callable[[], None]) -> None:
+        """Queue requests as they come; call `cancel` for cancels; end the process with the parent."""
+        while (message := read_message(self._requests)) is not None:
+            if message.get("op") == "cancel":
+                cancel()
+            else:
+                self.inbox.put(message)
+        os._exit(0)
+
+
+def main() -> None:
+    """Serve requests until the parent goes away."""
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    channel = Channel(sys.stdin.buffer, replies)
+    runtime = Runtime(channel.stream)
+    threading.Thread(target=channel.read_forever, args=(runtime.abort,), daemon=True).start()
+    channel.reply("ready", pid=os.getpid())
+    while True:
+        request = channel.inbox.get()
+        started = time.perf_counter_ns()
+        try:
+            result = runtime.handle(request)
+        except Cancelled:
+            channel.reply("cancelled")
+        except (EngineFailure, EngineMissingError) as error:
+            channel.reply("failed", kind=getattr(error, "kind", "missing"), message=str(error))
+        else:
+            channel.reply("done", elapsed_ns=time.perf_counter_ns() - started, **result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Framed messages between qnext and its engine child: a 4-byte big-endian length, then as much JSON.
+
+The channel is the child's standard input and output. Native code that prints to standard output would break
+the framing, so the child moves its real standard output aside first (see `qnext.engine.llama.worker`).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import BinaryIO
+
+Message = dict[str, object]
+
+_LENGTH = struct.Struct(">I")
+MAX_FRAME_BYTES = 64 << 20
+LOG_MARK = "\x1e"
+"""A line `\\x1e<n>` on the child's standard error: everything logged before reply number n has been seen."""
+
+
+def write_message(stream: BinaryIO, message: Message) -> None:
+    """Write one frame and flush. Raises BrokenPipeError or ValueError when the other side is gone."""
+    payload = json.dumps(message, separators=(",", ":")).encode()
+    stream.write(_LENGTH.pack(len(payload)) + payload)
+    stream.flush()
+
+
+def read_message(stream: BinaryIO) -> Message | None:
+    """Read one frame; None when the stream ended, even in the middle of a frame (the writer died)."""
+    head = _read_exactly(stream, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_FRAME_BYTES:
+        return None
+    payload = _read_exactly(stream, length)
+    if payload is None:
+        return None
+    message = json.loads(payload)
+    return message if isinstance(message, dict) else None
+
+
+def _read_exactly(stream: BinaryIO, count: int) -> bytes | None:
+    data = b""
+    while len(data) < count:
+        chunk = stream.read(count - len(data))
+        if not chunk:
+            return None
+        data += chunk
+    return data
