@@ -1,0 +1,86 @@
+"""The whole machine, detected: every sensor asked once, each with a deadline, nothing written or sent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from qnext.hardware.cpu import detect_cpu
+from qnext.hardware.gpus import detect_gpus
+from qnext.hardware.machine import Gpu, Machine, Sources
+from qnext.hardware.memory import detect_memory
+
+_DISK_DEADLINE_S = 2.0
+
+
+def detect_machine(
+    model_dir: Path,
+    *,
+    root: Path = Path("/"),
+    environ: Mapping[str, str] | None = None,
+    gpu_deadline_s: float = 5.0,
+) -> Machine:
+    """Read this machine. `model_dir` (need not exist) is the folder whose free space counts.
+
+    `root` stands for `/` in everything read from /proc, /sys and /dev. What cannot be read is None with the
+    reason in `sources`; nothing raises for a missing, failing or hanging sensor.
+    """
+    sources = Sources()
+    system, arch = _system()
+    cpu, memory = detect_cpu(sources, root), detect_memory(sources, root)
+    gpus = detect_gpus(sources, os.environ if environ is None else environ, root, gpu_deadline_s)
+    free, asked = _disk_free(model_dir)
+    return Machine(
+        os=sources.record("os", system, "uname"),
+        arch=sources.record("arch", arch, "uname"),
+        cpu=cpu,
+        memory=memory,
+        gpus=gpus,
+        unified_memory=sources.record(
+            "unified_memory",
+            _unified(system, arch, gpus),
+            "operating system and GPUs",
+            "no GPU reports memory of its own",
+        ),
+        disk_free_bytes=sources.record("disk_free_bytes", free, "statvfs of the model folder", asked),
+        sources=dict(sources),
+    )
+
+
+def _system() -> tuple[str | None, str | None]:
+    """(`linux`, `darwin` or `windows`; `x86_64`, `arm64` or the system's own word)."""
+    import platform
+
+    arch = platform.machine().lower()
+    return platform.system().lower() or None, {"amd64": "x86_64", "aarch64": "arm64"}.get(arch, arch) or None
+
+
+def _unified(system: str | None, arch: str | None, gpus: tuple[Gpu, ...]) -> bool | None:
+    if system == "darwin" and arch == "arm64":
+        return True
+    return False if gpus and all(gpu.vram_total_bytes for gpu in gpus) else None
+
+
+def _disk_free(folder: Path) -> tuple[int | None, str]:
+    """(bytes an unprivileged user may write, why not). In a thread: a dead network mount never answers."""
+    import shutil
+    import threading
+
+    answer: list[tuple[int | None, str]] = []
+
+    def ask() -> None:
+        for place in (folder.absolute(), *folder.absolute().parents):
+            try:
+                if place.exists():
+                    answer.append((shutil.disk_usage(place).free, ""))
+                    return
+            except OSError as error:
+                answer.append((None, f"the model folder cannot be asked: {error.strerror}"))
+                return
+
+    thread = threading.Thread(target=ask, name="disk-free", daemon=True)
+    thread.start()
+    thread.join(_DISK_DEADLINE_S)
+    late = f"the model folder's disk did not answer within {_DISK_DEADLINE_S:g} s"
+    return answer[0] if answer else (None, late)

@@ -1,0 +1,145 @@
+"""GPUs: NVML's readings judged, put into CUDA's order, and cut to what CUDA will show this process.
+
+NVML numbers GPUs by PCI bus, CUDA by speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID, and CUDA_VISIBLE_DEVICES
+counts in CUDA's order; the two agree only for equal cards. The bus id is what a device is matched by
+(https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#cuda-environment-variables). AMD, Intel
+and Apple GPUs are known through the engine's own device list, not here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qnext.hardware.machine import Gpu, Sources
+from qnext.hardware.nvml import NvmlReport, read_nvml
+
+_MOST_VRAM_BYTES = 1 << 44
+_ABSURD = {0, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}
+"""What failing sensors return instead of an error: zero, or all bits set."""
+
+
+def detect_gpus(
+    sources: Sources, environ: Mapping[str, str], root: Path = Path("/"), deadline_s: float = 5.0
+) -> tuple[Gpu, ...]:
+    """GPUs this process may use, in the order CUDA is expected to number them; notes go to `sources`."""
+    if not _driver_present(environ, root):
+        sources["gpus"] = "no NVIDIA driver on this machine"
+        return ()
+    return judge_gpus(read_nvml(deadline_s), sources, environ)
+
+
+def judge_gpus(report: NvmlReport, sources: Sources, environ: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """GPUs of a report: absurd readings become None with a note, CUDA's environment is applied."""
+    order, how = _cuda_order(report, environ)
+    visible, why = _visible(order, report, environ)
+    found = f"NVML lists {len(report.values)}" if report.values else ""
+    notes = [note for note in (found, how, why, report.problem) if note]
+    sources["gpus"] = "; ".join(notes) or "NVML lists no GPU"
+    return tuple(
+        _judge(report, position, index, sources, how or "NVML") for index, position in enumerate(visible)
+    )
+
+
+def _judge(report: NvmlReport, position: int, index: int, sources: Sources, order: str) -> Gpu:
+    raw, errors = report.values[position], report.errors[position]
+
+    def note(name: str, value: Any, key: str = "", source: str = "NVML") -> Any:
+        key = key or name
+        said = f"NVML reads {raw[key]!r}, which cannot be" if key in raw else ""
+        absent = errors.get(key) or said or report.problem or "NVML says nothing"
+        return sources.record(f"gpus.{index}.{name}", value, source, absent)
+
+    total = _count(raw.get("vram_total"), _MOST_VRAM_BYTES)
+    free = _count(raw.get("vram_free"), total or 0)
+    clock, width = _count(raw.get("memory_clock"), 100_000), _count(raw.get("memory_bus_width"), 65_536)
+    bandwidth = clock * 1_000_000 * 2 * width // 8 if clock and width else None
+    return Gpu(
+        name=note("name", _text(raw.get("name"))),
+        kind=note("kind", "cuda", "name", "NVML lists CUDA devices"),
+        index=note("index", index, "name", order),
+        pci_bus_id=note("pci_bus_id", normal_bus_id(raw.get("pci_bus_id"))),
+        vram_total_bytes=note("vram_total_bytes", total, "vram_total"),
+        vram_free_bytes=note("vram_free_bytes", free, "vram_free"),
+        rated_bandwidth_bps=note(
+            "rated_bandwidth_bps", bandwidth, "memory_clock", "NVML memory clock x 2 x bus width"
+        ),
+        compute_capability=note("compute_capability", _capability(raw.get("compute_capability"))),
+        pcie_gen=note("pcie_gen", _count(raw.get("pcie_gen"), 10), source="NVML, drops when idle"),
+        pcie_gen_max=note("pcie_gen_max", _count(raw.get("pcie_gen_max"), 10)),
+        pcie_width=note("pcie_width", _count(raw.get("pcie_width"), 32), source="NVML, may drop when idle"),
+        pcie_width_max=note("pcie_width_max", _count(raw.get("pcie_width_max"), 32)),
+        driver=note("driver", _text(raw.get("driver"))),
+    )
+
+
+def _cuda_order(report: NvmlReport, environ: Mapping[str, str]) -> tuple[list[int], str]:
+    """(NVML positions in CUDA's expected order, how they were ordered or empty for a single GPU)."""
+    values = report.values
+    by_bus = sorted(range(len(values)), key=lambda at: normal_bus_id(values[at].get("pci_bus_id")) or "~")
+    if len(by_bus) < 2:
+        return by_bus, ""
+    if environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.get("name") for gpu in values}) == 1:
+        return by_bus, "in PCI order"
+
+    def speed(at: int) -> int:
+        cores = _count(values[at].get("cores"), 1 << 20) or 0
+        return cores * (_count(values[at].get("core_clock"), 100_000) or 0)
+
+    return sorted(by_bus, key=speed, reverse=True), "fastest first as CUDA does, by cores x clock (estimated)"
+
+
+def _visible(order: list[int], report: NvmlReport, environ: Mapping[str, str]) -> tuple[list[int], str]:
+    """(positions CUDA_VISIBLE_DEVICES leaves, note). CUDA stops at the first entry it does not know."""
+    text = environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return order, ""
+    chosen: list[int] = []
+    for entry in (part.strip() for part in text.split(",")):
+        if entry.isdigit():
+            found = order[int(entry) : int(entry) + 1]
+        elif entry.startswith("GPU-"):
+            found = [at for at in order if str(report.values[at].get("uuid", "")).startswith(entry)]
+        else:
+            found = []  # -1, empty, a MIG slice (not read yet), or a mistake
+        if len(found) != 1 or found[0] in chosen:
+            break
+        chosen += found
+    return chosen, f"CUDA_VISIBLE_DEVICES shows {len(chosen)} of {len(order)}"
+
+
+def normal_bus_id(value: object) -> str | None:
+    """`00000000:01:00.0` (NVML) or `0000:01:00.0` (sysfs, CUDA) as the latter; None if it is neither."""
+    parts = value.lower().replace(".", ":").split(":") if isinstance(value, str) else []
+    try:
+        domain, bus, device, function = (int(part, 16) for part in parts)
+    except ValueError:
+        return None
+    return f"{domain:04x}:{bus:02x}:{device:02x}.{function:x}"
+
+
+def _count(value: object, most: int) -> int | None:
+    good = isinstance(value, int) and value not in _ABSURD and 0 < value <= most
+    return value if good and isinstance(value, int) else None
+
+
+def _text(value: object) -> str | None:
+    text = value.strip() if isinstance(value, str) else ""
+    return None if text.lower() in {"", "n/a", "[n/a]", "unknown", "[unknown error]"} else text
+
+
+def _capability(value: object) -> str | None:
+    """`[12, 0]` -> `12.0`; CUDA has known no device below 1.0."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, int) for part in value):
+        return None
+    major, minor = value
+    return f"{major}.{minor}" if 0 < major < 100 and 0 <= minor < 10 else None
+
+
+def _driver_present(environ: Mapping[str, str], root: Path) -> bool:
+    """Whether asking NVML can succeed; a few file checks that spare a child process on GPU-less machines."""
+    if sys.platform == "win32":
+        return (Path(environ.get("SystemRoot", "C:/Windows")) / "System32/nvml.dll").exists()
+    return any((root / name).exists() for name in ("dev/nvidiactl", "dev/dxg"))

@@ -1,0 +1,164 @@
+"""The machine as frozen values: what the planner budgets with and what a record is compared by.
+
+Facts are plain values; unknown is None. Where a fact came from, or why it is missing, stands beside it in
+`Machine.sources` under the fact's dotted path (`memory.limit_bytes`, `gpus.0.driver`). One flat mapping
+instead of a wrapper around each value keeps arithmetic readable, serialises as it is, and lets a later
+probe add a fact by adding a field and a line of `sources`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from qnext.units import GIB
+
+T = TypeVar("T")
+
+UNNAMED = "this machine"
+
+_FILE_RULES = {"extra": "forbid", "strict": True}
+"""pydantic's settings for these classes when a recorded machine is read; a plain dict, so that defining the
+values does not import pydantic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """Processor. `usable_*` is what this process may use after affinity and the cgroup's CPU quota.
+
+    `usable_cores` counts physical cores (decode threads), `usable_logical_cores` hardware threads.
+    `instruction_sets` holds sorted lower-case names of those llama.cpp has kernels for: the kernel's own
+    flag names on x86 (`avx2`, `avx512_vnni`, `amx_int8`), `neon`, `dotprod`, `i8mm`, `sve` on arm64.
+    """
+
+    __pydantic_config__ = _FILE_RULES
+
+    model: str | None = None
+    sockets: int | None = None
+    physical_cores: int | None = None
+    logical_cores: int | None = None
+    usable_cores: int | None = None
+    usable_logical_cores: int | None = None
+    instruction_sets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Host RAM in bytes. Bandwidths are bytes per second.
+
+    `limit_bytes` is the tightest cgroup limit, None when none is below `total_bytes`. `usable_bytes` is what
+    a new process may really take now: the smaller of `available_bytes` and the room left under every cgroup
+    limit. `locked_limit_bytes` bounds mlock; it equals `total_bytes` where the limit is "unlimited".
+    """
+
+    __pydantic_config__ = _FILE_RULES
+
+    total_bytes: int | None = None
+    available_bytes: int | None = None
+    limit_bytes: int | None = None
+    usable_bytes: int | None = None
+    swap_total_bytes: int | None = None
+    swap_free_bytes: int | None = None
+    locked_limit_bytes: int | None = None
+    rated_bandwidth_bps: int | None = None
+    measured_bandwidth_bps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU this process may use.
+
+    `kind` is the engine's backend family (`cuda`, `rocm`, `vulkan`, `metal`). `index` is the position the
+    backend is expected to give it; `pci_bus_id` (`0000:01:00.0`, as the engine reports it) is what to match
+    by. `pcie_gen` is the link's current generation, which drops at idle. `rated_bandwidth_bps` is the VRAM's,
+    in bytes per second. `compute_capability` is `major.minor`.
+    """
+
+    __pydantic_config__ = _FILE_RULES
+
+    name: str | None = None
+    kind: str | None = None
+    index: int | None = None
+    pci_bus_id: str | None = None
+    vram_total_bytes: int | None = None
+    vram_free_bytes: int | None = None
+    rated_bandwidth_bps: int | None = None
+    compute_capability: str | None = None
+    pcie_gen: int | None = None
+    pcie_gen_max: int | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    driver: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything known of one machine. `name` is a label (`this machine`, a profile's name), not a fact.
+
+    `unified_memory` is True where CPU and GPU share one memory. `disk_free_bytes` is for the folder models
+    are kept in. `sources` maps every fact's dotted path to where it was read, or why it is None.
+    """
+
+    __pydantic_config__ = _FILE_RULES
+
+    name: str = UNNAMED
+    os: str | None = None
+    arch: str | None = None
+    cpu: Cpu = field(default_factory=Cpu)
+    memory: Memory = field(default_factory=Memory)
+    gpus: tuple[Gpu, ...] = ()
+    unified_memory: bool | None = None
+    disk_free_bytes: int | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sources(dict[str, str]):
+    """The `sources` of a machine while it is being detected."""
+
+    def record(self, path: str, value: T | None, source: str, absent: str = "") -> T | None:
+        """Note where `value` was read, or with None why it is missing, and pass the value through."""
+        self[path] = (absent or f"not stated by {source}") if value is None else source
+        return value
+
+
+def facts(machine: Machine) -> Iterator[tuple[str, object]]:
+    """Every fact with its dotted path, `gpus` itself included, in the order of the fields."""
+    for path in ("os", "arch", "unified_memory", "disk_free_bytes"):
+        yield path, getattr(machine, path)
+    yield "gpus", machine.gpus
+    parts: list[tuple[str, Cpu | Memory | Gpu]] = [("cpu", machine.cpu), ("memory", machine.memory)]
+    parts += [(f"gpus.{position}", gpu) for position, gpu in enumerate(machine.gpus)]
+    for prefix, part in parts:
+        for entry in dataclasses.fields(part):
+            yield f"{prefix}.{entry.name}", getattr(part, entry.name)
+
+
+def machine_to_dict(machine: Machine) -> dict[str, Any]:
+    """JSON-ready form (lists for tuples) with every key present; `machine_from_dict` is its inverse."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(machine)))
+    return plain
+
+
+def machine_fingerprint(machine: Machine) -> str:
+    """16 hex digits naming the hardware results are comparable on.
+
+    Covers the CPU model, core counts with what this process may use of them, RAM and VRAM rounded to GiB
+    (firmware and kernels move them by some MiB) and the GPUs in order. Free memory, limits in use, names and
+    anything personal stay out.
+    """
+    cpu = machine.cpu
+    identity = [
+        [machine.arch, cpu.model, cpu.sockets, cpu.physical_cores, cpu.logical_cores],
+        [cpu.usable_cores, cpu.usable_logical_cores],
+        _round_gib(machine.memory.total_bytes),
+        [[gpu.kind, gpu.name, _round_gib(gpu.vram_total_bytes)] for gpu in machine.gpus],
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def _round_gib(count: int | None) -> int | None:
+    return None if count is None else round(count / GIB)
