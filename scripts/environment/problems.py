@@ -25,7 +25,7 @@ _CAUSES = (
     (
         r"HASHES? .*DO(?:ES)? NOT MATCH|Expected sha256",
         "A downloaded package is not the pinned one (its hash differs)",
-        "Run it again; if it stays so, the package index or a proxy alters files (constraints.txt has the pins).",
+        "Run it again; if it stays so, the package index or a proxy alters files (pins: constraints.txt).",
     ),
     (
         r"NewConnectionError|NameResolutionError|name resolution|Connection refused|Network is unreachable"
