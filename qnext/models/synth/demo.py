@@ -6,7 +6,7 @@ output nearly unchanged, because every layer's last projection (`ssm_out`, `attn
 small. The embedding of each word of the sentence points along an axis of its own, that of every other token
 along one common axis; the output row of a word points along the axis of the word before it. So any prompt
 leads to the first word, each word to the next, and the last to <|im_end|>. The right token leads by 30
-logits, which no kernel, cache type or thread order can upset, and at usual temperatures sampling cannot either.
+logits, which no kernel, cache type or thread order can upset, nor sampling at usual temperatures.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DEMO_SENTENCE = (
 
 _OTHER_TEXT = (
     "system\nuser\nassistant You are a helpful assistant. The user asks? What can you do for me, how and why?"
-    "\n\nHi! Tell me about yourself: all the experts, layers and tokens in memory, which of them are there, and"
-    " when we use one or each; it is not what they will be by then."
+    "\n\nHi! Tell me about yourself: all the experts, layers and tokens in memory, which of them are there"
+    " and when we use one or each; it is not what they will be by then."
 )
 
 _PIECE = re.compile(r"'s|[^\r\n\w]?[A-Za-z]+|\d| ?[^\s\w]+|\s+")
