@@ -1,8 +1,8 @@
 """The set-up itself: virtual environment, packages, engine, stamp; each step done only where it is missing.
 
 The stamp that scripts/environment.sh looks for is taken away first and written last, so an interrupted
-set-up is never used. What it left is judged by the files: a package whose RECORD does not match the disk, or a
-Python that does not start, and the environment is made anew; otherwise pip adds what is missing.
+set-up is never used. What it left is judged by the files: a package whose RECORD does not match the disk, or
+a Python that does not start, and the environment is made anew; otherwise pip adds what is missing.
 """
 
 from __future__ import annotations
