@@ -1,0 +1,191 @@
+"""What a handful of samples says, and what it does not.
+
+Speeds are told by their median, which one disturbed sample does not move, with the slowest and the fastest
+sample beside it: with five samples any finer measure of spread would be invented. llama-bench prints mean and
+standard deviation; on quiet machines they agree with the median. Two settings are compared over interleaved
+pairs, so that heat and other load strike both. All of this is arithmetic on the samples, without chance: the
+same samples give the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, exp, log, sqrt
+from statistics import NormalDist, median
+from typing import Literal, TypeVar
+
+FEW_SAMPLES = 3
+HIGH_SPREAD = 0.10
+DRIFT_CHANGE = 0.03
+DRIFT_CHANCE = 0.05
+
+_Number = TypeVar("_Number", int, float)
+
+WarningKind = Literal["few_samples", "high_spread", "drift"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleWarning:
+    """Why a figure deserves less trust, and what would give a better one."""
+
+    kind: WarningKind
+    message: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}"
+
+
+@dataclass(frozen=True, slots=True)
+class PairedRatio:
+    """`ratio` is the median of a/b over the pairs; the true one is in low..high with chance `confidence`.
+
+    `confidence` is what the samples give, at least what was asked when there are enough pairs.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    confidence: float
+    pairs: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether one side may be called faster: 1 is outside low..high, and 5 or more pairs say so."""
+        return self.confidence >= 0.9 and not self.low <= 1 <= self.high
+
+
+def summarise(samples_ns: Sequence[int], tokens: int) -> tuple[float, float, float]:
+    """(median, low, high) in tokens per second of `tokens` tokens per sample.
+
+    `low` is the slowest sample and `high` the fastest: the full range, so one disturbed sample shows.
+    The median is that of the speeds; with an even count, the mean of the middle two.
+    Raises ValueError without samples or with a time that is not positive.
+    """
+    speeds = [tokens * 1e9 / sample for sample in _positive(samples_ns)]
+    return median(speeds), min(speeds), max(speeds)
+
+
+def relative_spread(samples_ns: Sequence[int]) -> float:
+    """(slowest - fastest) / median of the times; 0 for one sample. Raises ValueError as `summarise` does."""
+    times = _positive(samples_ns)
+    return (max(times) - min(times)) / median(times)
+
+
+def relative_drift(samples_ns: Sequence[int]) -> float:
+    """Change of the time from the earlier to the later half, by medians: 0.05 is 5 % slower at the end."""
+    times = _positive(samples_ns)
+    half = len(times) // 2
+    return median(times[-half:]) / median(times[:half]) - 1 if half else 0.0
+
+
+def trend_chance(samples_ns: Sequence[int]) -> float:
+    """Probability that samples without a trend rise or fall as steadily as these do (both directions).
+
+    Mann-Kendall test: S counts the pairs whose later sample is the larger one, less those whose later sample
+    is the smaller; without a trend S is near normal with variance n(n-1)(2n+5)/18 (Kendall 1975, with the
+    usual correction of 1 for S being whole). Ties count as no direction, which errs towards no trend.
+    """
+    times = _positive(samples_ns)
+    count = len(times)
+    steps = sum(
+        (later > earlier) - (later < earlier) for i, earlier in enumerate(times) for later in times[i:]
+    )
+    if count < 2 or steps == 0:
+        return 1.0
+    deviation = sqrt(count * (count - 1) * (2 * count + 5) / 18)
+    return min(1.0, 2 * (1 - NormalDist().cdf((abs(steps) - 1) / deviation)))
+
+
+def sample_warnings(samples_ns: Sequence[int], *, warmed_up: bool = True) -> tuple[SampleWarning, ...]:
+    """What to say beside the figure of these samples, in the order in which they were taken.
+
+    - `few_samples`: fewer than 3.
+    - `drift`: the later half is 3 % or more off the earlier one and `trend_chance` is under 5 %
+      (which fewer than 5 samples never reach).
+    - `high_spread`: slowest and fastest are more than 10 % of the median apart, unless drift explains it.
+
+    `warmed_up` says whether a warm-up that is not counted went before; the hints depend on it.
+    """
+    found = []
+    if len(samples_ns) < FEW_SAMPLES:
+        found.append(
+            SampleWarning(
+                "few_samples",
+                f"Too few samples to tell their spread: {len(samples_ns)}.",
+                "Measure with -r 5 or more.",
+            )
+        )
+    drift = relative_drift(samples_ns)
+    if abs(drift) >= DRIFT_CHANGE and trend_chance(samples_ns) < DRIFT_CHANCE:
+        found.append(_drift_warning(drift, warmed_up))
+    elif (spread := relative_spread(samples_ns)) > HIGH_SPREAD:
+        found.append(_spread_warning(samples_ns, spread, warmed_up))
+    return tuple(found)
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> PairedRatio:
+    """How much larger a is than b over interleaved pairs (a[i] and b[i] were measured one after the other).
+
+    Give times and a ratio over 1 says that b is faster; give speeds and it says that a is. The median and
+    its interval are taken among the logarithms, so that swapping a and b gives exactly the inverse.
+    The interval lies between the k-th smallest and the k-th largest ratio, k as large as the asked confidence
+    allows: each pair falls above or below the true median like a coin, so the interval misses it with
+    probability 2 P(Binomial(n, 1/2) < k), whatever the distribution. With fewer than 6 pairs even the full
+    range does not reach 95 %; then the range is given with the confidence that it has (5 pairs: 93.75 %).
+    Raises ValueError when the lengths differ, are 0, or a value is not positive.
+    """
+    logs = sorted(log(x) - log(y) for x, y in zip(_positive(a), _positive(b), strict=True))
+    count = len(logs)
+    rank, missed = 1, 2 * 0.5**count
+    while 2 * (rank + 1) <= count + 1:
+        wider = missed + 2 * comb(count, rank) * 0.5**count
+        if wider > 1 - confidence:
+            break
+        rank, missed = rank + 1, wider
+    return PairedRatio(
+        ratio=exp(median(logs)),
+        low=exp(logs[rank - 1]),
+        high=exp(logs[count - rank]),
+        confidence=1 - missed,
+        pairs=count,
+    )
+
+
+def _drift_warning(drift: float, warmed_up: bool) -> SampleWarning:
+    if drift > 0:
+        hint = (
+            "Clocks fall as the machine heats up, or another program began to work: let it cool, repeat, and "
+            "compare settings only over interleaved runs."
+        )
+    elif warmed_up:
+        hint = "Caches and clocks were still settling after the warm-up: repeat at once, or raise -r."
+    else:
+        hint = "There was no warm-up: measure with it."
+    word = "slower" if drift > 0 else "faster"
+    return SampleWarning(
+        "drift", f"The samples became steadily {word} ({abs(drift):.0%} of their time).", hint
+    )
+
+
+def _spread_warning(samples_ns: Sequence[int], spread: float, warmed_up: bool) -> SampleWarning:
+    message = f"The samples lie {spread:.0%} of their median apart."
+    first_stands_out = (
+        len(samples_ns) > FEW_SAMPLES
+        and samples_ns[0] == max(samples_ns)
+        and relative_spread(samples_ns[1:]) <= HIGH_SPREAD
+    )
+    if not first_stands_out:
+        hint = "Close other programs, or raise -r; the full list of samples is in the record."
+    elif warmed_up:
+        hint = "Only the first is slow, in spite of the warm-up: the model was not all in memory; repeat now."
+    else:
+        hint = "Only the first is slow: measure with a warm-up."
+    return SampleWarning("high_spread", message, hint)
+
+
+def _positive(values: Sequence[_Number]) -> Sequence[_Number]:
+    if not values or min(values) <= 0:
+        raise ValueError("samples must be there and positive")
+    return values

@@ -1,0 +1,269 @@
+"""One run or benchmark as it is kept: what was planned, what was allocated, what was measured.
+
+Prediction and measurement lie in the same record under the same keys, so that a forecast can be judged later
+and by someone else. All raw samples are kept; medians are there for convenience and can be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast, get_args
+
+from qnext.errors import StoreError
+from qnext.plan.values import DeviceMemory, SpeedRange
+
+SCHEMA = "qnext.record/1"
+
+Status = Literal["ok", "failed", "running", "interrupted"]
+Kind = Literal["run", "bench"]
+
+
+@dataclass(frozen=True, slots=True)
+class TestResult:
+    """One test in llama-bench's sense: `name` is `pp512` or `tg128 @ d4096`.
+
+    `samples_ns` is the time of each counted repetition; `low_tps` and `high_tps` are the slowest and the
+    fastest of them. `bandwidth_share` is the part of the memory-bandwidth ceiling that was reached.
+    """
+
+    __test__: ClassVar[bool] = False  # the name is llama-bench's; keeps pytest from collecting it
+
+    name: str
+    prompt: int
+    generate: int
+    depth: int
+    samples_ns: tuple[int, ...]
+    median_tps: float
+    low_tps: float
+    high_tps: float
+    predicted_tps: SpeedRange | None = None
+    bandwidth_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """`name` of the distribution, its `version`, its llama.cpp's commit, and `build`: backends and flags."""
+
+    name: str
+    version: str
+    llama_commit: str | None
+    build: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Everything that must be equal for two speeds to be comparable.
+
+    `machine` is the machine's fingerprint; `placement` and `workload` are digests of their JSON forms.
+    """
+
+    model_digest: str
+    quant: str | None
+    engine: EngineIdentity
+    machine: str
+    placement: str
+    workload: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`when` is the start, ISO-8601 in UTC. `placement` and `machine` are JSON forms (str keys, lists).
+
+    `text` is what was generated, if that was kept; `error` is why a failed record failed.
+    """
+
+    id: str
+    when: str
+    status: Status
+    kind: Kind
+    model_ref: str
+    identity: Identity
+    planned: tuple[DeviceMemory, ...] = ()
+    allocated: tuple[DeviceMemory, ...] = ()
+    tests: tuple[TestResult, ...] = ()
+    text: str | None = None
+    warnings: tuple[str, ...] = ()
+    placement: Mapping[str, object] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)
+    error: str | None = None
+    command: tuple[str, ...] = ()
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """The record as JSON values, schema `qnext.record/1`.
+
+    Keys: schema, id, status, when, identity {model_digest, quant, engine {name, version, llama_commit,
+    build}, machine, placement, workload}, planned {devices}, allocated {devices}, tests, text, warnings; a
+    device has the keys that it has in a plan. Besides these: kind, model (its reference as given), placement
+    and machine (what the digests in identity stand for), error, command (the arguments that made the record).
+    """
+    identity, engine = record.identity, record.identity.engine
+    return {
+        "schema": SCHEMA,
+        "id": record.id,
+        "status": record.status,
+        "when": record.when,
+        "kind": record.kind,
+        "model": record.model_ref,
+        "identity": {
+            "model_digest": identity.model_digest,
+            "quant": identity.quant,
+            "engine": {
+                "name": engine.name,
+                "version": engine.version,
+                "llama_commit": engine.llama_commit,
+                "build": engine.build,
+            },
+            "machine": identity.machine,
+            "placement": identity.placement,
+            "workload": identity.workload,
+        },
+        "planned": {"devices": [device_to_dict(device) for device in record.planned]},
+        "allocated": {"devices": [device_to_dict(device) for device in record.allocated]},
+        "tests": [test_to_dict(test) for test in record.tests],
+        "text": record.text,
+        "warnings": list(record.warnings),
+        "placement": dict(record.placement),
+        "machine": dict(record.machine),
+        "error": record.error,
+        "command": list(record.command),
+    }
+
+
+def record_from_dict(data: Mapping[str, Any]) -> Record:
+    """Inverse of `record_to_dict`. Unknown keys are ignored; a missing or wrong one raises StoreError."""
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        raise StoreError(
+            f"'{schema}' is not a record this qnext can read (it reads {SCHEMA})",
+            hint="Give a record written by `qnext bench show ID --json`, or upgrade qnext.",
+        )
+    try:
+        return Record(
+            id=_text(data["id"]),
+            when=_text(data["when"]),
+            status=cast(Status, _one_of(data["status"], get_args(Status))),
+            kind=cast(Kind, _one_of(data["kind"], get_args(Kind))),
+            model_ref=_text(data["model"]),
+            identity=_identity(data["identity"]),
+            planned=tuple(device_from_dict(device) for device in data["planned"]["devices"]),
+            allocated=tuple(device_from_dict(device) for device in data["allocated"]["devices"]),
+            tests=tuple(test_from_dict(test) for test in data["tests"]),
+            text=_text_or_none(data["text"]),
+            warnings=tuple(_text(warning) for warning in data["warnings"]),
+            placement=dict(data["placement"]),
+            machine=dict(data["machine"]),
+            error=_text_or_none(data["error"]),
+            command=tuple(_text(word) for word in data["command"]),
+        )
+    except KeyError as error:
+        raise _damaged(f"key {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise _damaged(str(error)) from error
+
+
+def device_to_dict(device: DeviceMemory) -> dict[str, Any]:
+    """One entry of `devices`, with the same keys as in a plan."""
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "budget_bytes": device.budget_bytes,
+        "weights_bytes": device.weights_bytes,
+        "kv_bytes": device.kv_bytes,
+        "recurrent_bytes": device.recurrent_bytes,
+        "compute_bytes": device.compute_bytes,
+        "other_bytes": device.other_bytes,
+        "total_bytes": device.total_bytes,
+    }
+
+
+def device_from_dict(data: Mapping[str, Any]) -> DeviceMemory:
+    """Inverse of `device_to_dict`; raises KeyError, TypeError or ValueError on a wrong mapping."""
+    budget = data["budget_bytes"]
+    return DeviceMemory(
+        name=_text(data["name"]),
+        kind=cast(Literal["host", "gpu", "rpc"], _one_of(data["kind"], ("host", "gpu", "rpc"))),
+        budget_bytes=None if budget is None else int(budget),
+        weights_bytes=int(data["weights_bytes"]),
+        kv_bytes=int(data["kv_bytes"]),
+        recurrent_bytes=int(data["recurrent_bytes"]),
+        compute_bytes=int(data["compute_bytes"]),
+        other_bytes=int(data["other_bytes"]),
+    )
+
+
+def test_to_dict(test: TestResult) -> dict[str, Any]:
+    """One entry of `tests`."""
+    predicted = test.predicted_tps
+    return {
+        "name": test.name,
+        "prompt": test.prompt,
+        "generate": test.generate,
+        "depth": test.depth,
+        "samples_ns": list(test.samples_ns),
+        "median_tps": test.median_tps,
+        "low_tps": test.low_tps,
+        "high_tps": test.high_tps,
+        "predicted_tps": predicted and {"low": predicted.low, "mid": predicted.mid, "high": predicted.high},
+        "bandwidth_share": test.bandwidth_share,
+    }
+
+
+def test_from_dict(data: Mapping[str, Any]) -> TestResult:
+    """Inverse of `test_to_dict`; raises KeyError, TypeError or ValueError on a wrong mapping."""
+    predicted, share = data["predicted_tps"], data["bandwidth_share"]
+    return TestResult(
+        name=_text(data["name"]),
+        prompt=int(data["prompt"]),
+        generate=int(data["generate"]),
+        depth=int(data["depth"]),
+        samples_ns=tuple(int(sample) for sample in data["samples_ns"]),
+        median_tps=float(data["median_tps"]),
+        low_tps=float(data["low_tps"]),
+        high_tps=float(data["high_tps"]),
+        predicted_tps=predicted
+        and SpeedRange(
+            low=float(predicted["low"]), mid=float(predicted["mid"]), high=float(predicted["high"])
+        ),
+        bandwidth_share=None if share is None else float(share),
+    )
+
+
+def _identity(data: Mapping[str, Any]) -> Identity:
+    engine = data["engine"]
+    return Identity(
+        model_digest=_text(data["model_digest"]),
+        quant=_text_or_none(data["quant"]),
+        engine=EngineIdentity(
+            name=_text(engine["name"]),
+            version=_text(engine["version"]),
+            llama_commit=_text_or_none(engine["llama_commit"]),
+            build=_text(engine["build"]),
+        ),
+        machine=_text(data["machine"]),
+        placement=_text(data["placement"]),
+        workload=_text(data["workload"]),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _one_of(value: object, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+    return cast(str, value)
+
+
+def _damaged(why: str) -> StoreError:
+    return StoreError(
+        f"a record cannot be read: {why}", hint="It was changed by another program; restore it from a copy."
+    )

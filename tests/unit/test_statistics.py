@@ -1,0 +1,160 @@
+"""Median and range tell what was measured; a doubtful figure has its warning, a ratio its error."""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qnext.bench.statistics import (
+    paired_ratio,
+    relative_spread,
+    sample_warnings,
+    summarise,
+    trend_chance,
+)
+
+TIMES = st.lists(st.integers(1, 10**13), min_size=1, max_size=20)
+STEADY = st.lists(st.integers(1_000_000, 1_010_000), min_size=3, max_size=30)
+
+
+def kinds(samples: list[int], *, warmed_up: bool = True) -> list[str]:
+    return [warning.kind for warning in sample_warnings(samples, warmed_up=warmed_up)]
+
+
+def test_speed_is_tokens_over_time() -> None:
+    assert summarise([2_000_000_000, 1_000_000_000, 4_000_000_000], 128) == (64.0, 32.0, 128.0)
+
+
+@given(TIMES, st.integers(1, 10**6))
+def test_the_median_lies_between_the_slowest_and_the_fastest_sample(times: list[int], tokens: int) -> None:
+    middle, low, high = summarise(times, tokens)
+    assert low <= middle <= high
+    assert low == tokens * 1e9 / max(times) and high == tokens * 1e9 / min(times)
+
+
+@given(TIMES.filter(lambda times: len(times) % 2 == 1), st.integers(1, 10**6))
+def test_the_speed_of_the_median_time_is_the_median_speed(times: list[int], tokens: int) -> None:
+    assert summarise(times, tokens)[0] == tokens * 1e9 / median(times)
+
+
+@given(TIMES, st.randoms())
+def test_the_order_of_samples_does_not_change_the_summary(times: list[int], chance: random.Random) -> None:
+    shuffled = chance.sample(times, len(times))
+    assert summarise(shuffled, 512) == summarise(times, 512)
+    assert relative_spread(shuffled) == relative_spread(times)
+
+
+def test_one_disturbed_sample_moves_the_range_and_not_the_median() -> None:
+    quiet, disturbed = [100, 101, 102, 103, 104], [100, 101, 102, 103, 900]
+    assert summarise(quiet, 1)[0] == summarise(disturbed, 1)[0]
+    assert summarise(disturbed, 1)[1] < summarise(quiet, 1)[1]
+
+
+@pytest.mark.parametrize("samples", [[], [0], [5, -1]])
+def test_samples_that_cannot_be_are_refused(samples: list[int]) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        summarise(samples, 128)
+
+
+@given(STEADY)
+def test_samples_within_one_per_cent_raise_no_warning(samples: list[int]) -> None:
+    assert kinds(samples) == []
+
+
+@given(TIMES)
+def test_every_warning_says_what_to_do(samples: list[int]) -> None:
+    assert all(warning.message and warning.hint for warning in sample_warnings(samples))
+
+
+def test_fewer_than_three_samples_are_too_few() -> None:
+    assert kinds([100]) == ["few_samples"]
+    assert kinds([100, 100]) == ["few_samples"]
+
+
+def test_a_range_over_ten_per_cent_is_a_high_spread() -> None:
+    assert kinds([100, 112, 101, 103, 102]) == ["high_spread"]
+    assert kinds([100, 109, 101, 103, 102]) == []
+
+
+def test_the_hint_for_a_slow_first_sample_depends_on_the_warm_up() -> None:
+    samples = [150, 101, 100, 102, 101]
+    (cold,), (warm,) = sample_warnings(samples, warmed_up=False), sample_warnings(samples)
+    assert "with a warm-up" in cold.hint
+    assert "in spite of the warm-up" in warm.hint
+
+
+@pytest.mark.parametrize(
+    ("samples", "word"), [([100, 103, 106, 109, 112], "slower"), ([9, 8, 7, 6, 5], "faster")]
+)
+def test_steadily_changing_samples_are_a_drift_and_not_a_spread(samples: list[int], word: str) -> None:
+    (warning,) = sample_warnings(samples)
+    assert warning.kind == "drift" and word in warning.message
+
+
+def test_four_samples_in_a_row_may_be_chance() -> None:
+    assert "drift" not in kinds([100, 103, 106, 109])
+
+
+@given(st.integers(5, 40))
+def test_the_chance_of_a_trend_agrees_with_shuffles(count: int) -> None:
+    """Among shuffles of equal rank, one in twenty looks like a trend of 5 % chance, not many more."""
+    chance = random.Random(count)
+    found = [trend_chance(chance.sample(range(1, count + 1), count)) < 0.05 for _ in range(200)]
+    assert sum(found) <= 24
+
+
+RATES = st.floats(0.001, 1e6)
+PAIRS = st.lists(st.tuples(RATES, RATES), min_size=1, max_size=30)
+
+
+@given(PAIRS)
+def test_swapping_the_sides_inverts_the_ratio_and_its_interval(pairs: list[tuple[float, float]]) -> None:
+    a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    there, back = paired_ratio(a, b), paired_ratio(b, a)
+    assert there.low <= there.ratio <= there.high
+    assert back.ratio == pytest.approx(1 / there.ratio)
+    assert (back.low, back.high) == (pytest.approx(1 / there.high), pytest.approx(1 / there.low))
+
+
+@given(PAIRS, st.floats(0.01, 100))
+def test_scaling_one_side_scales_the_ratio(pairs: list[tuple[float, float]], factor: float) -> None:
+    a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    assert paired_ratio([factor * x for x in a], b).ratio == pytest.approx(factor * paired_ratio(a, b).ratio)
+
+
+@given(st.integers(6, 60))
+def test_from_six_pairs_on_the_interval_has_the_asked_confidence(count: int) -> None:
+    values = [float(value) for value in range(1, count + 1)]
+    assert paired_ratio(values, [1.0] * count).confidence >= 0.95
+
+
+def test_too_few_pairs_say_how_sure_they_are_and_call_nothing_faster() -> None:
+    five, two = paired_ratio([2.0] * 5, [1.0] * 5), paired_ratio([2.0] * 2, [1.0] * 2)
+    assert five.confidence == 0.9375 and five.differs
+    assert two.confidence == 0.5 and not two.differs
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+    """Log-normal noise around a true ratio of 1.1, 10 pairs, 2000 experiments."""
+    chance = random.Random(7)
+    held = 0
+    for _ in range(2000):
+        b = [chance.lognormvariate(0, 0.3) for _ in range(10)]
+        found = paired_ratio([1.1 * x * chance.lognormvariate(0, 0.1) for x in b], b)
+        held += found.low <= 1.1 <= found.high
+    assert held / 2000 == pytest.approx(found.confidence, abs=0.012)
+
+
+def test_drift_that_strikes_both_sides_cancels_in_pairs() -> None:
+    heat = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    result = paired_ratio([2 * x for x in heat], heat)
+    assert (result.low, result.high) == (pytest.approx(2), pytest.approx(2))
+
+
+def test_pairs_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        paired_ratio([1.0, 2.0], [1.0])
