@@ -204,7 +204,7 @@ def test_a_models_digest_depends_on_its_bytes_and_not_on_its_name(tmp_path: Path
 def test_a_models_digest_sees_the_size_the_header_the_end_and_a_stretch_of_weights(tmp_path: Path) -> None:
     size = 256 * MIB
     plain = model_digest([_write(tmp_path / "plain", size)])
-    header = model_digest([_write(tmp_path / "header", size, {13 * MIB: b"x"})])
+    header = model_digest([_write(tmp_path / "header", size, {7 * MIB: b"x"})])
     end = model_digest([_write(tmp_path / "end", size, {size - 1: b"x"})])
     weights = model_digest([_write(tmp_path / "weights", size, {100 * MIB: b"x" * (5 * MIB)})])
     longer = model_digest([_write(tmp_path / "longer", size + 1)])
@@ -227,7 +227,7 @@ def test_a_large_file_is_sampled_and_not_read_whole(tmp_path: Path) -> None:
     if not Path("/proc/self/io").exists():
         pytest.skip("needs /proc/self/io to count the bytes read")
     done = subprocess.run([sys.executable, "-c", code, sparse], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 21 * MIB
+    assert int(done.stdout) < 10 * MIB
 
 
 def test_a_missing_shard_is_a_model_error(tmp_path: Path) -> None:
