@@ -74,6 +74,16 @@ class Built:
         self.data += raw
 
 
+class MemorySource:
+    """A file that is only bytes, for `qnext.models.gguf_parse.read_shard`."""
+
+    def __init__(self, data: bytes, name: str = "memory") -> None:
+        self.data, self.name, self.size = data, name, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length]
+
+
 def string(text: str | bytes) -> Value:
     return Value(STR, text)
 
@@ -97,7 +107,7 @@ def build(
     n_pairs: int | None = None,
     with_data: bool = True,
 ) -> Built:
-    """A whole file. `alignment` is what the layout uses; put `general.alignment` in `metadata` to declare it."""
+    """A whole file laid out with `alignment`, which `metadata` must declare when it is not 32."""
     pairs = list(metadata.items()) if isinstance(metadata, Mapping) else list(metadata)
     order = ">" if big_endian else "<"
     out = Built(bytearray(b"GGUF"))

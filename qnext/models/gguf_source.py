@@ -8,7 +8,9 @@ its size and can read a range is a source: a file here, an HTTP address elsewher
 
 from __future__ import annotations
 
+import re
 import struct
+from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from types import TracebackType
@@ -22,6 +24,7 @@ walk through gigabytes of weights."""
 
 _FIRST_WINDOW = 64 << 10
 _LARGEST_WINDOW = 4 << 20
+_RUN = 64
 
 DAMAGED = "The file is damaged: get it again with `qnext pull`, or make it again if you converted it."
 UNFINISHED = "The download did not finish: run `qnext pull` again, it resumes."
@@ -175,26 +178,27 @@ class Cursor:
     def skip_strings(self, count: int, what: str) -> None:
         """Walks over `count` strings by their lengths, the only way to find where the array ends.
 
-        A vocabulary has 300,000 of them, so the loop does nothing but add lengths and lets
-        `unpack_from` raise at the end of each window.
+        A vocabulary has 300,000 of them. Runs of short strings are matched by one regular expression, at
+        about half the cost of a loop; the loop takes what is longer or crosses the window's end.
         """
+        match_run = _short_strings().match
         length_at = _U64.unpack_from
         while count > 0:
             self.require(8, f"{count} more strings of {what}")
             before = at = self._fill(8)
-            window, done = self._window, 0
-            try:
-                for done in range(1, count + 1):  # noqa: B007 - read after the loop
-                    before, at = at, at + 8 + length_at(window, at)[0]
-                walked = done
-            except (struct.error, OverflowError):
-                walked = done - 1
-            count -= walked
+            window = self._window
+            while count >= _RUN and (run := match_run(window, at)):
+                before = at = run.end()
+                count -= _RUN
+            for _ in range(min(count, _RUN)):
+                if at > len(window) - 8:
+                    break
+                before, at = at, at + 8 + length_at(window, at)[0]
+                count -= 1
             self.position = self._start + at
             if self.position > self._end:
                 self.position = self._start + before + 8
-                length = at - before - 8
-                self.require(length, f"a string of {what}", at=self._start + before)
+                self.require(at - before - 8, f"a string of {what}", at=self._start + before)
 
     def _fill(self, length: int) -> int:
         """Makes the window hold the next `length` bytes; returns where in it they start."""
@@ -211,6 +215,14 @@ class Cursor:
             end = self.position + len(self._window)
             raise self.broken(end, f"a file of {self.size} bytes", "its end", hint=UNFINISHED)
         return 0
+
+
+@cache
+def _short_strings() -> re.Pattern[bytes]:
+    """Matches `_RUN` strings of under 64 bytes, each its 64-bit length and that many bytes. Possessive: the
+    first byte decides the branch, so there is nothing to try again."""
+    branches = (rb"\x%02x\0{7}.{%d}" % (length, length) for length in range(64))
+    return re.compile(rb"(?s:%b){%d}+" % (b"|".join(branches), _RUN))
 
 
 def _reason(error: Exception) -> str:
