@@ -15,9 +15,12 @@ from qnext.hardware.cgroups import CpuGroup, read_cpu_groups
 from qnext.hardware.machine import Cpu, Sources
 
 _X86_SETS = frozenset(
-    ("ssse3", "sse4_2", "avx", "avx2", "avx_vnni", "bmi2", "f16c", "fma", "avx512f", "avx512bw", "avx512cd")
-    + ("avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16")
-    + ("amx_tile", "amx_int8", "amx_bf16")
+    {
+        *("ssse3", "sse4_2", "avx", "avx2", "avx_vnni", "bmi2", "f16c", "fma"),
+        *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+        *("avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_tile", "amx_int8", "amx_bf16"),
+    }
 )
 _ARM_SETS = {
     "asimd": "neon", "asimddp": "dotprod", "asimdhp": "fp16", "i8mm": "i8mm", "bf16": "bf16",
@@ -109,7 +112,7 @@ def _parse_cpu_list(text: str) -> frozenset[int]:
 
 
 def _under_quota(count: int | None, quota: CpuGroup | None) -> int | None:
-    """Threads beyond the quota's whole CPUs would be stopped for part of each period: round down, keep one."""
+    """Threads beyond the quota's whole CPUs would be stopped in each period: round down, keep one."""
     return count if count is None or quota is None else min(count, max(1, int(quota.cores)))
 
 

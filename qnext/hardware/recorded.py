@@ -68,7 +68,7 @@ def machine_from_dict(data: Mapping[str, Any]) -> Machine:
             else [str(error)]
         )
     raise HardwareError(
-        "The recorded machine cannot be read: " + "; ".join(problems) + ".",
+        "The recorded machine cannot be read: " + "; ".join(problems),
         hint="Compare with a shipped profile: the keys are those of `qnext doctor --json`.",
     )
 
@@ -102,7 +102,7 @@ def _fill_idle(machine: Machine) -> Machine:
     for path, value in facts(filled):
         assumed = stated[path] is None and value is not None
         if path not in sources or assumed:
-            kind = "taken as idle in" if assumed else "stated by"
+            kind = "assumed of an idle machine, not stated by" if assumed else "stated by"
             sources.record(path, value, f"{kind} the recording {machine.name}")
             if value is None:
                 sources[path] = f"not stated by the recording {machine.name}"
@@ -137,7 +137,7 @@ def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
     known: type[Any] = {"cpu": Cpu, "memory": Memory, "gpus": Gpu}.get(str(location[0]), Machine)
     holder = known if len(location) > 1 else Machine
     names = [entry.name for entry in dataclasses.fields(holder)]
-    return f"'{where}' is not a known key. {_nearest(str(location[-1]), names)}".rstrip(" .")
+    return f"'{where}' is not a known key. {_nearest(str(location[-1]), names)}".strip()
 
 
 def _nearest(word: str, known: Iterator[str] | tuple[str, ...] | list[str]) -> str:
