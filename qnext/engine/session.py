@@ -55,13 +55,12 @@ class EngineSession:
         self._mark_condition = threading.Condition()
         self._inbox: queue.Queue[object] = queue.Queue()
         self._amx_in_use = False
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qnext.engine.llama.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**inherited, **_import_path(), **(environment or {})},
+            env={**child_environment(), **(environment or {})},
             start_new_session=True,
         )
         self._threads = [
@@ -295,10 +294,12 @@ _HINTS = {
 }
 
 
-def _import_path() -> dict[str, str]:
-    """PYTHONPATH for the child, so that it finds the same qnext as this process however it was started."""
+def child_environment() -> dict[str, str]:
+    """Environment for an engine child: ours without LLAMA_ARG_*, and with the same qnext importable."""
     import qnext
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(qnext.__file__)))  # noqa: PTH100, PTH120
     known = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": root if not known else f"{root}{os.pathsep}{known}"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+    environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else root
+    return environment

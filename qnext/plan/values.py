@@ -32,7 +32,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the plan is for. `prompt` and `generate` are tokens per turn, `depth` tokens already in context."""
+    """What the plan is for: tokens per turn (`prompt`, `generate`) and `depth`, those already in context."""
 
     prompt: int = 512
     generate: int = 128
@@ -43,8 +43,8 @@ class Workload:
 class Budget:
     """Memory one device may use. `kind` is `host`, `gpu` or `rpc`; `name` is the engine's device name.
 
-    `buffer_type` is the name of the device's own buffer type in the engine (`CUDA0`, `RPC0[127.0.0.1:50052]`);
-    for the host it is `CPU`.
+    `buffer_type` is the name of the device's own buffer type in the engine: `CUDA0`, or
+    `RPC0[127.0.0.1:50052]`; for the host it is `CPU`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One `-ot` rule: tensors whose name matches `pattern` (C++ `regex_search`) live in buffer type `buffer`."""
+    """One `-ot` rule: tensors whose name matches `pattern` (`regex_search`) live in buffer type `buffer`."""
 
     pattern: str
     buffer: str

@@ -89,6 +89,11 @@ _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_backend_reg_get_proc_address": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
     "ggml_backend_buft_name": ("ggml-base", ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_backend_rpc_add_server": ("ggml-rpc", ctypes.c_void_p, [ctypes.c_char_p]),
+    "ggml_backend_rpc_start_server": (
+        "ggml-rpc",
+        None,
+        [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p],
+    ),
     "ggml_threadpool_new": ("ggml-cpu", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_threadpool_free": ("ggml-cpu", None, [ctypes.c_void_p]),
     "llama_attach_threadpool": ("llama", None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]),

@@ -45,7 +45,7 @@ class ModelParams:
         self.struct.load_mode = LOAD_MODES["none" if no_alloc else placement.load_mode]
         self.struct.use_extra_bufts = placement.extra_buffers
         self.struct.no_alloc = no_alloc
-        self.struct.load_mtp = False
+        self.struct.load_mtp = placement.load_mtp
         self.struct.check_tensors = False
         self._devices = self._device_array(placement)
         self.struct.devices = ctypes.cast(self._devices, ctypes.c_void_p)
@@ -98,6 +98,8 @@ def context_params(placement: Placement, *, context: int | None = None) -> Any:
     struct.offload_kqv = placement.kv_offload
     struct.op_offload = placement.op_offload
     struct.kv_unified = placement.kv_unified
-    struct.swa_full = False
+    struct.swa_full = placement.swa_full
+    struct.n_rs_seq = placement.recurrent_rollback
+    struct.n_outputs_max = placement.outputs_max
     struct.no_perf = True
     return struct

@@ -1,0 +1,59 @@
+"""llama.cpp's own account of a placement's memory, without reading any weights, kept in the cache.
+
+With `no_alloc` the engine builds its graphs and sizes every buffer from metadata alone, a few hundred
+milliseconds even for the 80B model. The answer depends on the tensor table, the placement and the engine
+build, so it is cached under a hash of the three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qnext.engine.build import EngineBuild
+from qnext.engine.cache import write_atomically
+from qnext.engine.log_reader import BufferSize, read_buffer_sizes
+from qnext.engine.session import EngineSession
+from qnext.models.header import ModelHeader
+from qnext.plan.values import Placement
+
+
+def header_digest(header: ModelHeader) -> str:
+    """Hash of everything memory depends on: architecture metadata and the tensor table, not the weights."""
+    state = hashlib.sha256()
+    for key in sorted(header.metadata):
+        if not key.startswith(("tokenizer.", "general.")) or key == "general.architecture":
+            state.update(f"{key}={header.metadata[key]!r}\n".encode())
+    for tensor in header.tensors:
+        state.update(f"{tensor.name} {tensor.shape} {tensor.type_name}\n".encode())
+    return state.hexdigest()[:24]
+
+
+class DryRunner:
+    """Runs and remembers dry runs. Starts an engine child only when an answer is not in the cache."""
+
+    def __init__(self, header: ModelHeader, build: EngineBuild, cache_dir: Path) -> None:
+        self._model = str(header.paths[0])
+        self._key = f"{header_digest(header)}:{build.digest}"
+        self._folder = cache_dir / "dry-runs"
+        self._session: EngineSession | None = None
+
+    def measure(self, placement: Placement) -> list[BufferSize]:
+        """KV, recurrent, compute and output buffers of `placement` (weights read 0). Raises EngineError."""
+        text = json.dumps([self._key, asdict(placement)], sort_keys=True)
+        entry = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return [BufferSize(*row) for row in json.loads(entry.read_text())]
+        if self._session is None:
+            self._session = EngineSession()
+        sizes = read_buffer_sizes(self._session.dry_run(self._model, placement))
+        write_atomically(entry, json.dumps([[size.buffer, size.part, size.bytes] for size in sizes]))
+        return sizes
+
+    def close(self) -> None:
+        """End the engine child, if one was started."""
+        if self._session is not None:
+            self._session.close()

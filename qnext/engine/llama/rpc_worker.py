@@ -1,0 +1,35 @@
+"""llama.cpp's RPC worker: lends this machine's CPU to an engine elsewhere as a device of type GPU.
+
+Run as `python -m qnext.engine.llama.rpc_worker HOST PORT THREADS`. It serves until it is ended, and ends with
+its parent: it watches its standard input, which closes when the parent dies. The protocol has no
+authentication, so the caller decides what address it may bind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+
+from qnext.engine.llama import binding
+
+
+def main() -> None:
+    """Serve the first device of the CPU backend; never returns."""
+    host, port, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    binding.llama().llama_backend_init()
+    device = binding.list_devices()[-1].handle
+    devices = (ctypes.c_void_p * 1)(device)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    binding.ggml("ggml_backend_rpc_start_server")(f"{host}:{port}".encode(), None, threads, 1, devices)
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Finds the fastest weight layout that does not crash on this CPU, once per machine and engine build.
+
+llama.cpp repacks CPU weights by default, on CPUs with AMX into AMX buffers, and on some of those the first
+decode then dies (llama.cpp issue 20824). Whether it does here cannot be read anywhere, so a small model is
+run in a child for each layout, fastest first, and the first that gives the right text is remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from qnext.engine.build import EngineBuild
+from qnext.engine.cache import write_atomically
+from qnext.engine.session import EngineSession
+from qnext.errors import EngineError
+from qnext.plan.options import RepackPolicy
+from qnext.plan.values import Placement
+
+logger = logging.getLogger(__name__)
+
+PROBE_SILENCE_LIMIT_S = 30.0
+PROBE_TOKENS = 4
+ORDER: tuple[RepackPolicy, ...] = ("full", "experts", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The layout to use and, for each layout tried before it, how it failed."""
+
+    policy: RepackPolicy
+    failures: Mapping[str, str]
+
+
+def safe_repack_policy(
+    model: Path, prompt: str, placements: Mapping[RepackPolicy, Placement], build: EngineBuild, entry: Path
+) -> ProbeResult:
+    """The first layout of `ORDER` under which `model` answers `prompt` alive; cached in file `entry`.
+
+    `placements` gives the placement of each layout. The prompt should be longer than one ubatch, so that
+    both the matrix and the vector kernels run. Raises EngineError when no layout works at all.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(entry.read_text())
+        if known["build"] == build.digest:
+            return ProbeResult(known["policy"], known["failures"])
+    failures: dict[str, str] = {}
+    for policy in ORDER:
+        try:
+            _run(model, prompt, placements[policy])
+        except EngineError as error:
+            logger.info("layout %s fails here: %s", policy, error.message)
+            failures[policy] = error.message
+        else:
+            result = ProbeResult(policy, failures)
+            write_atomically(entry, json.dumps({"build": build.digest, **asdict(result)}))
+            return result
+    raise EngineError(
+        f"the engine cannot run even a tiny model here: {failures[ORDER[-1]]}",
+        hint="Build it again for this machine: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
+    )
+
+
+def _run(model: Path, prompt: str, placement: Placement) -> None:
+    """Load, prefill and decode a little in a child of its own; raises EngineError if it dies."""
+    small = replace(placement, context=1024, batch=512, ubatch=512)
+    with EngineSession(silence_limit_s=PROBE_SILENCE_LIMIT_S) as session:
+        session.open(str(model), small)
+        for event in session.generate(prompt, max_tokens=PROBE_TOKENS, sampling={}):
+            logger.debug("probe: %s", event["event"])

@@ -1,0 +1,95 @@
+"""How much of each memory a plan may use: the machine's free memory less a margin, or what the user names.
+
+The margin covers what no plan can count: the engine's own code and vocabulary, allocator slack, other
+programs that grow. A budget the user names is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qnext.errors import HardwareError, UsageError
+from qnext.hardware import Gpu, Machine
+from qnext.plan.values import HOST, Budget
+from qnext.units import GIB, MIB, format_bytes
+
+_ENGINE_NAMES = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
+"""llama.cpp's device name for the first device of a backend is this followed by 0."""
+
+HOST_MARGIN_SHARE = 16
+HOST_MARGIN_BYTES = (192 * MIB, GIB)
+GPU_MARGIN_SHARE = 16
+GPU_MARGIN_BYTES = (256 * MIB, GIB)
+"""Smallest and largest margin; `--fit` leaves 1 GiB on every device."""
+
+
+def make_budgets(
+    machine: Machine,
+    *,
+    ram: int | None = None,
+    vram: int | None = None,
+    device_memory: Mapping[str, int] | None = None,
+    rpc_servers: tuple[str, ...] = (),
+) -> tuple[Budget, ...]:
+    """Host first, then the machine's GPUs, then one RPC device per server. Bytes throughout.
+
+    `ram` and `vram` (for every GPU) replace what was detected, `device_memory` one device by engine name. An
+    RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM.
+    Raises HardwareError when RAM is unknown, UsageError for a device that is not there.
+    """
+    named = dict(device_memory or {})
+    host = named.pop(HOST, ram)
+    if host is None:
+        host = _less_margin(_host_bytes(machine), HOST_MARGIN_SHARE, HOST_MARGIN_BYTES)
+    budgets = [Budget(HOST, "host", host, HOST)]
+    for position, gpu in enumerate(machine.gpus):
+        name = _engine_name(gpu, position)
+        size = named.pop(name, vram)
+        budgets.append(Budget(name, "gpu", _gpu_bytes(gpu) if size is None else size, name))
+    for index, server in enumerate(rpc_servers):
+        name = f"RPC{index}"
+        if name not in named:
+            raise UsageError(
+                f"how much memory may be used on {name} ({server})?", hint=f"Add --device-memory {name}=8G."
+            )
+        budgets.append(Budget(name, "rpc", named.pop(name), f"{name}[{server}]"))
+    if named:
+        known = ", ".join(budget.name for budget in budgets)
+        raise UsageError(
+            f"there is no device named {', '.join(sorted(named))}", hint=f"This machine has: {known}."
+        )
+    return tuple(budgets)
+
+
+def describe_margin(machine: Machine) -> str:
+    """One line on what the host budget leaves free."""
+    total = _host_bytes(machine)
+    margin = total - _less_margin(total, HOST_MARGIN_SHARE, HOST_MARGIN_BYTES)
+    return f"{format_bytes(total)} free, {format_bytes(margin)} left for the engine itself and other programs"
+
+
+def _host_bytes(machine: Machine) -> int:
+    memory = machine.memory
+    for known in (memory.usable_bytes, memory.available_bytes, memory.limit_bytes, memory.total_bytes):
+        if known is not None:
+            return known
+    raise HardwareError("this machine's RAM could not be read", hint="Say how much may be used: --ram 32G.")
+
+
+def _gpu_bytes(gpu: Gpu) -> int:
+    free = gpu.vram_free_bytes if gpu.vram_free_bytes is not None else gpu.vram_total_bytes
+    if free is None:
+        raise HardwareError(
+            f"the memory of {gpu.name or 'a GPU'} could not be read", hint="Say how much it has: --vram 16G."
+        )
+    return _less_margin(free, GPU_MARGIN_SHARE, GPU_MARGIN_BYTES)
+
+
+def _engine_name(gpu: Gpu, position: int) -> str:
+    index = position if gpu.index is None else gpu.index
+    return f"{_ENGINE_NAMES.get(gpu.kind or 'cuda', 'CUDA')}{index}"
+
+
+def _less_margin(size: int, share: int, limits: tuple[int, int]) -> int:
+    margin = min(max(size // share, limits[0]), limits[1])
+    return max(size - margin, 0)

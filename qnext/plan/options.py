@@ -1,0 +1,42 @@
+"""What a plan is asked for: the user's wishes, in llama.cpp's terms. None means "choose for me"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qnext.plan.values import FlashAttention, LoadMode, Override, Workload
+
+RepackPolicy = Literal["full", "experts", "off"]
+"""How CPU weights are laid out: `full` leaves it to the engine, `experts` names CPU_REPACK for the routed
+experts that support it and nothing else (avoids the AMX buffers), `off` keeps the file's layout."""
+
+DEFAULT_CONTEXT = 32_768
+SMALLEST_CONTEXT = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Wishes for one plan. Everything from `n_gpu_layers` down forces that part of the placement.
+
+    `context` counts all `parallel` sequences together, as `-c` does. `cpu_experts` is `--n-cpu-moe`: the
+    experts of that many first layers stay on the host (`--cpu-moe`: all layers). `threads` and
+    `threads_batch` are what the machine offers for decode and prefill.
+    """
+
+    workload: Workload = field(default_factory=Workload)
+    context: int | None = None
+    parallel: int = 1
+    batch: int = 2048
+    ubatch: int | None = None
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    flash_attention: FlashAttention = "on"
+    load_mode: LoadMode = "none"
+    threads: int = 1
+    threads_batch: int = 1
+    repack: RepackPolicy = "full"
+    n_gpu_layers: int | None = None
+    cpu_experts: int | None = None
+    overrides: tuple[Override, ...] = ()
+    tensor_split: tuple[float, ...] | None = None
