@@ -88,15 +88,17 @@ def _read_meminfo(path: Path) -> dict[str, int]:
 
 
 def _read_psutil() -> dict[str, int]:
+    """The same figures on macOS and Windows."""
     import psutil
 
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    return {
-        "total": memory.total,
-        "available": memory.available,
-        "swap": swap.total,
-        "swap_free": swap.free,
-    }
+    try:
+        memory = psutil.virtual_memory()
+        counts = {"total": memory.total, "available": memory.available}
+        swap = psutil.swap_memory()
+        counts |= {"swap": swap.total, "swap_free": swap.free}
+    except (OSError, RuntimeError, psutil.Error):  # performance counters may be switched off on Windows
+        return {}
+    return counts
 
 
 def _locked_limit(root: Path, total: int | None) -> tuple[int | None, str]:
