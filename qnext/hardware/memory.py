@@ -91,13 +91,14 @@ def _read_psutil() -> dict[str, int]:
     """The same figures on macOS and Windows."""
     import psutil
 
+    counts: dict[str, int] = {}
     try:
         memory = psutil.virtual_memory()
-        counts = {"total": memory.total, "available": memory.available}
+        counts |= {"total": memory.total, "available": memory.available}
         swap = psutil.swap_memory()
         counts |= {"swap": swap.total, "swap_free": swap.free}
     except (OSError, RuntimeError, psutil.Error):  # performance counters may be switched off on Windows
-        return {}
+        pass
     return counts
 
 
