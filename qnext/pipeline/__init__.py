@@ -1,0 +1,1 @@
+"""The trips: what `qnext run`, `plan`, `bench` and `synth` do, as plain functions without a terminal."""

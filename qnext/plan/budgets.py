@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qnext.errors import HardwareError, UsageError
-from qnext.hardware import Gpu, Machine
+from qnext.hardware.machine import Gpu, Machine
 from qnext.plan.values import HOST, Budget
 from qnext.units import GIB, MIB, format_bytes
 

@@ -1,0 +1,67 @@
+"""What a command asks for, gathered in one value so that every trip starts from the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qnext.errors import UsageError
+from qnext.plan.options import RepackPolicy
+from qnext.plan.values import FlashAttention, LoadMode, Override, Workload
+from qnext.units import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request. None leaves the choice to the planner. Sizes in bytes.
+
+    `hardware` replaces this machine by a recorded one; `rpc_servers` are `host:port` of llama.cpp workers,
+    each sized by `device_memory`. The remaining names are llama.cpp's.
+    """
+
+    model: str
+    hardware: str | None = None
+    ram: int | None = None
+    vram: int | None = None
+    device_memory: Mapping[str, int] = field(default_factory=dict)
+    rpc_servers: tuple[str, ...] = ()
+    workload: Workload = field(default_factory=Workload)
+    context: int | None = None
+    parallel: int = 1
+    batch: int = 2048
+    ubatch: int | None = None
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    flash_attention: FlashAttention = "on"
+    load_mode: LoadMode = "none"
+    threads: int | None = None
+    threads_batch: int | None = None
+    repack: RepackPolicy | None = None
+    n_gpu_layers: int | None = None
+    cpu_experts: int | None = None
+    overrides: tuple[Override, ...] = ()
+    tensor_split: tuple[float, ...] | None = None
+
+
+def parse_overrides(texts: tuple[str, ...]) -> tuple[Override, ...]:
+    """`-ot` arguments, each `PATTERN=BUFFER` or several with commas, as llama.cpp takes them."""
+    rules = []
+    for text in ",".join(texts).split(",") if texts else ():
+        pattern, separator, buffer = text.rpartition("=")
+        if not separator or not pattern or not buffer:
+            raise UsageError(
+                f"'{text}' is not an override", hint="Write -ot PATTERN=BUFFER, for example -ot 'exps=CPU'."
+            )
+        rules.append(Override(pattern, buffer))
+    return tuple(rules)
+
+
+def parse_device_memory(texts: tuple[str, ...]) -> dict[str, int]:
+    """`--device-memory NAME=SIZE` arguments as bytes by device name."""
+    sizes = {}
+    for text in texts:
+        name, separator, size = text.partition("=")
+        if not separator or not name:
+            raise UsageError(f"'{text}' names no device", hint="Write --device-memory CUDA0=14G.")
+        sizes[name] = parse_size(size)
+    return sizes

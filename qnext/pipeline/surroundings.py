@@ -1,0 +1,150 @@
+"""What a plan needs to know beside the model: machine, engine build, safe weight layout, RAM bandwidth.
+
+Answers that cost something (a probe that runs a model, a bandwidth measurement) are asked for once per
+machine and engine build and kept in the cache folder; `notice` tells the user why it takes a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qnext.config import Paths
+from qnext.engine.build import EngineBuild, installed_build
+from qnext.engine.cache import write_atomically
+from qnext.errors import EngineError
+from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
+from qnext.pipeline.request import Request
+from qnext.plan.options import RepackPolicy
+from qnext.plan.placement import repack_overrides
+from qnext.plan.speed import MachineSpeeds
+from qnext.plan.traits import host_traits
+from qnext.plan.values import Placement
+
+Notice = Callable[[str], None]
+
+RATED_SHARE = 0.8
+"""Part of the rated RAM bandwidth that a read loop reaches on an ordinary desktop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The machine as planned for. `build` is None without an engine, and for a recorded machine."""
+
+    machine: Machine
+    this_machine: bool
+    build: EngineBuild | None
+    repack: RepackPolicy
+    repack_failures: tuple[str, ...]
+    speeds: MachineSpeeds
+    threads: int
+    threads_batch: int
+
+
+def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
+    """Detect or load the machine and fetch the remembered answers, asking those that are missing."""
+    this_machine = request.hardware is None
+    machine = detect_machine(paths.data_dir) if request.hardware is None else load_machine(request.hardware)
+    build = installed_build() if this_machine else None
+    threads, threads_batch = _threads(machine)
+    repack, failures = _repack_policy(request, machine, build, paths, threads, notice)
+    return Surroundings(
+        machine=machine,
+        this_machine=this_machine,
+        build=build,
+        repack=repack,
+        repack_failures=failures,
+        speeds=_speeds(machine, this_machine, threads, paths, notice),
+        threads=request.threads or threads,
+        threads_batch=request.threads_batch or request.threads or threads_batch,
+    )
+
+
+def _threads(machine: Machine) -> tuple[int, int]:
+    """Physical cores for decode (hyper-threads can cost a quarter of it), hardware threads for prefill."""
+    cpu = machine.cpu
+    physical = cpu.usable_cores or cpu.physical_cores or cpu.usable_logical_cores or cpu.logical_cores or 1
+    return physical, cpu.usable_logical_cores or cpu.logical_cores or physical
+
+
+def _repack_policy(
+    request: Request, machine: Machine, build: EngineBuild | None, paths: Paths, threads: int, notice: Notice
+) -> tuple[RepackPolicy, tuple[str, ...]]:
+    """The asked-for layout, else the probed one; without an engine to probe, AMX counts as a risk."""
+    if request.repack is not None:
+        return request.repack, ()
+    if build is None:
+        has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
+        return ("experts" if has_amx else "full"), ()
+    from qnext.engine.probe import safe_repack_policy
+    from qnext.models.gguf_reader import read_header
+    from qnext.models.synth import demo_path
+
+    entry = paths.probes_dir / f"layout-{machine_fingerprint(machine)}-{build.digest}.json"
+    model = demo_path(paths.demo_dir)
+    if not entry.exists():
+        notice("checking once which weight layout is safe on this CPU (about a second)")
+    host = host_traits(machine.cpu.instruction_sets or ())
+    plain = Placement(threads=threads, threads_batch=threads)
+    placements: dict[RepackPolicy, Placement] = {
+        "full": replace(plain, extra_buffers=True),
+        "experts": replace(plain, overrides=repack_overrides(read_header(model), host)),
+        "off": plain,
+    }
+    result = safe_repack_policy(model, _PROBE_PROMPT, placements, build, entry)
+    return result.policy, tuple(f"{layout}: {why}" for layout, why in result.failures.items())
+
+
+_PROBE_PROMPT = "What can you do for me? " * 90
+"""Long enough for a full ubatch of 512 tokens and a remainder."""
+
+
+def _speeds(
+    machine: Machine, this_machine: bool, threads: int, paths: Paths, notice: Notice
+) -> MachineSpeeds:
+    memory = machine.memory
+    bandwidth, source = memory.measured_bandwidth_bps, "measured"
+    if bandwidth is None and this_machine:
+        bandwidth, source = _measured_here(machine, threads, paths, notice), "measured here"
+    if bandwidth is None and memory.rated_bandwidth_bps is not None:
+        bandwidth, source = round(memory.rated_bandwidth_bps * RATED_SHARE), "taken as 80 % of its rating"
+    if bandwidth is None:
+        source = "unknown, taken as 20 GB/s"
+    sets = machine.cpu.instruction_sets or ()
+    return MachineSpeeds(
+        ram_bps=bandwidth,
+        ram_source=source,
+        device_bps={
+            f"CUDA{position}": gpu.rated_bandwidth_bps
+            for position, gpu in enumerate(machine.gpus)
+            if gpu.rated_bandwidth_bps is not None
+        },
+        cores=threads,
+        instruction_set="avx512" if "avx512f" in sets else "avx2" if "avx2" in sets else "other",
+    )
+
+
+def _measured_here(machine: Machine, threads: int, paths: Paths, notice: Notice) -> int:
+    entry = paths.probes_dir / f"bandwidth-{machine_fingerprint(machine)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(entry.read_text())["bytes_per_second"])
+    from qnext.hardware.bandwidth import measure_read_bandwidth
+
+    notice("measuring RAM bandwidth once (under a second)")
+    measured = measure_read_bandwidth(threads)
+    write_atomically(entry, json.dumps({"bytes_per_second": measured}))
+    return measured
+
+
+def require_this_machine(surroundings: Surroundings) -> EngineBuild:
+    """The engine build to run with. Raises EngineError for a recorded machine or without an engine."""
+    if not surroundings.this_machine:
+        raise EngineError(
+            "a recorded machine can be planned for, not run on",
+            hint="Leave out --hardware, or use qnext plan.",
+        )
+    from qnext.engine.build import require_build
+
+    return require_build()
