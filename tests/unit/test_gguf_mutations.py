@@ -179,8 +179,8 @@ def test_a_changed_or_cut_file_is_read_or_refused(changes: list[tuple[int, bytes
     check(bytes(data[:cut]))
 
 
-@pytest.fixture(scope="module")
-def fuzzer() -> ModuleType:
+def load_fuzzer() -> ModuleType:
+    """`scripts/fuzz_headers.py` as a module."""
     spec = importlib.util.spec_from_file_location(
         "fuzz_headers", Path(__file__).parents[2] / "scripts" / "fuzz_headers.py"
     )
@@ -189,6 +189,11 @@ def fuzzer() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def fuzzer() -> ModuleType:
+    return load_fuzzer()
 
 
 def test_the_fuzzer_finds_nothing_in_its_first_cases(fuzzer: ModuleType) -> None:
