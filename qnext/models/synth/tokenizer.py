@@ -55,6 +55,22 @@ QWEN_SPECIAL: Mapping[str, int] = {
 """Qwen3's special tokens in the order of their ids (151643 and up in the full vocabulary)."""
 
 
+HARMONY = (
+    "{%- for message in messages %}"
+    "{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
+)
+
+_HARMONY_NAMES = {0: "startoftext", 1: "endoftext", 4: "return", 5: "constrain", 7: "channel", 8: "start"}
+_HARMONY_NAMES |= {9: "end", 10: "message", 14: "call"}
+
+GPT_OSS_SPECIAL: Mapping[str, int] = {
+    f"<|{_HARMONY_NAMES.get(index, f'reserved_{199998 + index}')}|>": CONTROL for index in range(21)
+}
+"""gpt-oss's special tokens in the order of their ids (199998 and up in the full vocabulary)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """Token texts (bytes spelled in the alphabet), their types, and merges by rank."""
