@@ -8,7 +8,8 @@ returns a Figure, registered under a name with the bar that it has to hold.
         seconds = ...
         return Figure(seconds, "s", holds=seconds < 0.12, detail="15 pairs")
 
-`scripts/claims` finds the modules by itself. A claim that needs what is not here (a peer program, a GPU) raises CannotMeasure with the command that brings it. Nothing here runs in the default tests.
+`scripts/claims` finds the modules by itself. A claim that needs what is not here (a peer program, a GPU)
+raises CannotMeasure with the command that brings it. Nothing here runs in the default tests.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ def _measure(one: Claim, machine: str, *, as_json: bool) -> str:
         detail = figure.detail
     except CannotMeasure as reason:
         verdict, detail = "not measured", str(reason)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines()
+        verdict, detail = "failed", said[-1] if said else f"status {error.returncode}"
     except (QnextError, OSError, ValueError, subprocess.SubprocessError) as error:
         verdict, detail = "failed", f"{type(error).__name__}: {error}"
     if as_json:
