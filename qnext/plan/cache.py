@@ -84,7 +84,7 @@ def kv_bytes(
     totals: dict[str, int] = defaultdict(int)
     for layer in shape.attention_layers:
         sliding = shape.sliding[layer]
-        cells = _sliding_cells(shape, placement, sizes) if sliding else sizes.context_per_sequence
+        cells = sliding_cells(shape, placement, sizes) if sliding else sizes.context_per_sequence
         heads = shape.head_count_kv[layer]
         k_row = heads * (shape.key_length_swa if sliding else shape.key_length)
         v_row = heads * (shape.value_length_swa if sliding else shape.value_length)
@@ -131,7 +131,8 @@ def output_bytes(shape: ModelShape, placement: Placement) -> int:
     return shape.n_vocab * max(1, placement.parallel) * 4
 
 
-def _sliding_cells(shape: ModelShape, placement: Placement, sizes: ContextSizes) -> int:
+def sliding_cells(shape: ModelShape, placement: Placement, sizes: ContextSizes) -> int:
+    """Cells per sequence of a sliding-window layer's cache."""
     if placement.swa_full:
         return sizes.context_per_sequence
     windows = max(1, placement.parallel) if placement.kv_unified else 1
