@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from qnext.models.synth.writer import MetaValue
 
@@ -129,7 +129,7 @@ def syllable_vocabulary(size: int, special: Mapping[str, int], first_special: in
     parents = texts
     while len(letters) + len(merges) < first_special:
         room = first_special - len(letters) - len(merges)
-        grown = [(parent, text) for text in texts for parent in parents][:room]
+        grown = list(islice(((parent, text) for text in texts for parent in parents), room))
         merges += grown
         parents = [left + right for left, right in grown]
     merges = merges[: first_special - len(letters)]

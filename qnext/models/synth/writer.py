@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def write_file(
             f"{path.parent} has {format_bytes(free)} free, the file takes {format_bytes(needed)}",
             hint="Choose another folder with -o, fewer layers with --layers, or --header-only.",
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as out:
             out.write(layout.header)
@@ -129,7 +130,7 @@ def _aligned(size: int) -> int:
 
 def _string(text: str) -> bytes:
     data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+    return len(data).to_bytes(8, "little") + data
 
 
 def _encode(value: MetaValue) -> bytes:
