@@ -42,8 +42,7 @@ def pinned_version(place: Place) -> str:
 
 def prepare_wheel(place: Place, switches: Switches, *, rebuild: bool) -> Path:
     """The engine's wheel for this machine and these switches: from the cache, or compiled now."""
-    compiler = find_compiler(place)
-    home = place.cache / "engine" / _build_key(place, switches, compiler)
+    home = place.cache / "engine" / build_key(place, switches)
     with hold_lock(place.cache / "engine" / f"{home.name}.lock", "Compiling the same engine") as lock:
         if rebuild:
             shutil.rmtree(home, ignore_errors=True)
@@ -218,9 +217,12 @@ def _available_memory_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def _build_key(place: Place, switches: Switches, compiler: list[str]) -> str:
+def build_key(place: Place, switches: Switches) -> str:
     """Short digest of all that shapes the binary: version, switches, compilers and their flags, CPU, libc."""
-    programs = [compiler[0], *(found for found in [find_nvcc(place.env)] if found and switches.compiles_cuda)]
+    programs = [
+        find_compiler(place)[0],
+        *(found for found in [find_nvcc(place.env)] if found and switches.compiles_cuda),
+    ]
     # fmt: off
     parts = [
         pinned_version(place), switches.command_line, platform.machine(), platform.system(), _cpu_identity(),

@@ -23,7 +23,7 @@ _CAUSES = (
         "XDG_CACHE_HOME; then run the same command again.",
     ),
     (
-        r"HASHES? .*DO(?:ES)? NOT MATCH|Expected sha256",
+        r"DO NOT MATCH THE HASHES|Expected sha256",
         "A downloaded package is not the pinned one (its hash differs)",
         "Run it again; if it stays so, the package index or a proxy alters files (pins: constraints.txt).",
     ),
