@@ -24,6 +24,11 @@ def main() -> int:
             print(error.tail, file=sys.stderr)
         print(f"Error: {error.message}\n{error.hint}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"Error: set-up cannot use {error.filename or sys.argv[2]}: {error.strerror}.", file=sys.stderr)
+        print("Make it writable and free some space, or name other places: QNEXT_VENV=DIR for the environment, "
+              "XDG_CACHE_HOME=DIR for the compiled engine.", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 
