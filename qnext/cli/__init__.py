@@ -1,0 +1,1 @@
+"""The command line: Typer commands, exit codes, what is printed where. Computes nothing itself."""

@@ -56,13 +56,20 @@ def safe_repack_policy(
             logger.info("layout %s fails here: %s", policy, error.message)
             failures[policy] = error.message
         else:
-            result = ProbeResult(policy, failures)
-            write_atomically(entry, json.dumps({"build": build.digest, **asdict(result)}))
-            return result
+            return remember_policy(entry, build, policy, failures)
     raise EngineError(
         f"the engine cannot run even a tiny model here: {failures[ORDER[-1]]}",
         hint="Build it again for this machine: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
     )
+
+
+def remember_policy(
+    entry: Path, build: EngineBuild, policy: RepackPolicy, failures: Mapping[str, str]
+) -> ProbeResult:
+    """Keep `policy` as this machine's layout for this build, with what spoke against the faster ones."""
+    result = ProbeResult(policy, dict(failures))
+    write_atomically(entry, json.dumps({"build": build.digest, **asdict(result)}))
+    return result
 
 
 def _run(model: Path, prompt: str, placement: Placement) -> None:

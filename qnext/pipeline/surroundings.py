@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qnext.config import Paths
 from qnext.engine.build import EngineBuild, installed_build
@@ -82,7 +83,7 @@ def _repack_policy(
     from qnext.models.gguf_reader import read_header
     from qnext.models.synth import demo_path
 
-    entry = paths.probes_dir / f"layout-{machine_fingerprint(machine)}-{build.digest}.json"
+    entry = layout_entry(paths, machine, build)
     model = demo_path(paths.demo_dir)
     if not entry.exists():
         notice("checking once which weight layout is safe on this CPU (about a second)")
@@ -95,6 +96,11 @@ def _repack_policy(
     }
     result = safe_repack_policy(model, _PROBE_PROMPT, placements, build, entry)
     return result.policy, tuple(f"{layout}: {why}" for layout, why in result.failures.items())
+
+
+def layout_entry(paths: Paths, machine: Machine, build: EngineBuild) -> Path:
+    """Cache file that remembers which weight layout is safe with this build on this machine."""
+    return paths.probes_dir / f"layout-{machine_fingerprint(machine)}-{build.digest}.json"
 
 
 _PROBE_PROMPT = "What can you do for me? " * 90

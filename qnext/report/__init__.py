@@ -1,0 +1,1 @@
+"""Rich renderables of plans and records. Knows values, not engines."""

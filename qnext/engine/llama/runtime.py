@@ -113,7 +113,16 @@ class Runtime:
             "batch": lib.llama_n_batch(self._context),
             "ubatch": lib.llama_n_ubatch(self._context),
             "vocabulary": lib.llama_vocab_n_tokens(self._vocab),
+            "bos": self._token_text(lib.llama_vocab_bos(self._vocab)),
+            "eos": self._token_text(lib.llama_vocab_eos(self._vocab)),
         }
+
+    def _token_text(self, token: int) -> str:
+        """The token's text in the vocabulary, empty for -1 (there is no such token)."""
+        if token < 0:
+            return ""
+        text: bytes = binding.llama().llama_vocab_get_text(self._vocab, token)
+        return text.decode(errors="replace")
 
     def dry_run(self, model: str, placement: dict[str, Any]) -> dict[str, Any]:
         """Metadata-only load and simulated allocation: the log then holds KV, state and compute sizes."""

@@ -1,0 +1,5 @@
+"""`python -m qnext`."""
+
+from qnext.cli.main import main
+
+main()

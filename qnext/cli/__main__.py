@@ -1,0 +1,5 @@
+"""`python -m qnext.cli`."""
+
+from qnext.cli.main import main
+
+main()

@@ -1,0 +1,205 @@
+"""Flags that several commands share, declared once, with llama.cpp's names where it has them.
+
+`takes_plan_flags` gives a command all fields of `PlanFlags` as options and hands them over as one value.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from qnext.errors import UsageError
+from qnext.plan.values import Workload
+
+_MACHINE, _PLACE, _SIZE = "Machine", "Placement", "Context and speed"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFlags:
+    """What the command line says about machine, placement and sizes; None leaves it to the planner."""
+
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware", help="Plan for a recorded machine: a name or file.", rich_help_panel=_MACHINE
+        ),
+    ] = None
+    ram: Annotated[
+        str | None,
+        typer.Option("--ram", help="RAM that may be used, e.g. 24G.", rich_help_panel=_MACHINE),
+    ] = None
+    vram: Annotated[
+        str | None,
+        typer.Option("--vram", help="Memory that may be used on each GPU.", rich_help_panel=_MACHINE),
+    ] = None
+    device_memory: Annotated[
+        list[str] | None,
+        typer.Option("--device-memory", help="NAME=SIZE for one device.", rich_help_panel=_MACHINE),
+    ] = None
+    rpc: Annotated[
+        str | None,
+        typer.Option("--rpc", help="llama.cpp workers, host:port,…", rich_help_panel=_MACHINE),
+    ] = None
+    context: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", min=1, help="Context of all slots together.", rich_help_panel=_SIZE),
+    ] = None
+    parallel: Annotated[
+        int, typer.Option("-np", "--parallel", min=1, max=256, help="Slots.", rich_help_panel=_SIZE)
+    ] = 1
+    batch: Annotated[
+        int, typer.Option("-b", "--batch-size", min=1, help="Logical batch.", rich_help_panel=_SIZE)
+    ] = 2048
+    ubatch: Annotated[
+        int | None,
+        typer.Option(
+            "-ub", "--ubatch-size", "--ubatch", min=1, help="Physical batch.", rich_help_panel=_SIZE
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option("-t", "--threads", min=1, max=512, help="Threads for decode.", rich_help_panel=_SIZE),
+    ] = None
+    threads_batch: Annotated[
+        int | None,
+        typer.Option("-tb", "--threads-batch", min=1, max=512, help="For prefill.", rich_help_panel=_SIZE),
+    ] = None
+    cache_type_k: Annotated[
+        str | None,
+        typer.Option("-ctk", "--cache-type-k", help="K cache type: f16, q8_0, …", rich_help_panel=_SIZE),
+    ] = None
+    cache_type_v: Annotated[
+        str | None,
+        typer.Option("-ctv", "--cache-type-v", help="V cache type.", rich_help_panel=_SIZE),
+    ] = None
+    flash_attention: Annotated[
+        str, typer.Option("-fa", "--flash-attn", help="on, off or auto.", rich_help_panel=_SIZE)
+    ] = "on"
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option("-ngl", "--gpu-layers", min=0, help="Layers on the GPU.", rich_help_panel=_PLACE),
+    ] = None
+    cpu_moe: Annotated[
+        bool, typer.Option("-cmoe", "--cpu-moe", help="All experts on the CPU.", rich_help_panel=_PLACE)
+    ] = False
+    n_cpu_moe: Annotated[
+        int | None,
+        typer.Option(
+            "-ncmoe", "--n-cpu-moe", min=0, help="Experts of the first N on the CPU.", rich_help_panel=_PLACE
+        ),
+    ] = None
+    override_tensor: Annotated[
+        list[str] | None,
+        typer.Option("-ot", "--override-tensor", help="REGEX=BUFFER,…", rich_help_panel=_PLACE),
+    ] = None
+    tensor_split: Annotated[
+        str | None,
+        typer.Option("-ts", "--tensor-split", help="Share of layers per GPU: 3,1.", rich_help_panel=_PLACE),
+    ] = None
+    load_mode: Annotated[
+        str,
+        typer.Option(
+            "-lm", "--load-mode", help="none, mmap, mlock, mmap+mlock, dio.", rich_help_panel=_PLACE
+        ),
+    ] = "none"
+    repack: Annotated[
+        str,
+        typer.Option("--repack", help="CPU weight layout: auto, full, experts, off.", rich_help_panel=_PLACE),
+    ] = "auto"
+
+
+def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command`, whose parameter `flags` is a PlanFlags, the options of that class."""
+    hints = get_type_hints(PlanFlags, include_extras=True)
+    own = [
+        parameter.replace(annotation=get_type_hints(command, include_extras=True)[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "flags"
+    ]
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(PlanFlags)
+    ]
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        flags = PlanFlags(**{field.name: given.pop(field.name) for field in fields(PlanFlags)})
+        command(**given, flags=flags)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def make_request(model: str, flags: PlanFlags, workload: Workload | None = None) -> Any:
+    """The pipeline's Request from flags, environment and settings file, in that order of precedence."""
+    from qnext.config import load_settings
+    from qnext.pipeline.request import Request, parse_device_memory, parse_overrides
+
+    settings = load_settings(
+        {
+            "hardware": flags.hardware,
+            "ram": flags.ram,
+            "vram": flags.vram,
+            "context": flags.context,
+            "ubatch": flags.ubatch,
+            "threads": flags.threads,
+            "threads_batch": flags.threads_batch,
+            "ctk": flags.cache_type_k,
+            "ctv": flags.cache_type_v,
+        }
+    )
+    cpu_experts = 10_000 if flags.cpu_moe else flags.n_cpu_moe
+    repack = None if flags.repack == "auto" else _one_of("--repack", flags.repack, ("full", "experts", "off"))
+    return Request(
+        model=model,
+        hardware=settings.hardware,
+        ram=settings.ram_bytes,
+        vram=settings.vram_bytes,
+        device_memory=parse_device_memory(tuple(flags.device_memory or ())),
+        rpc_servers=tuple(flags.rpc.split(",")) if flags.rpc else (),
+        workload=workload or Workload(),
+        context=settings.context,
+        parallel=flags.parallel,
+        batch=flags.batch,
+        ubatch=settings.ubatch,
+        kv_type_k=settings.ctk or "f16",
+        kv_type_v=settings.ctv or "f16",
+        flash_attention=_one_of("--flash-attn", flags.flash_attention, ("on", "off", "auto")),
+        load_mode=_one_of("--load-mode", flags.load_mode, ("none", "mmap", "mlock", "mmap+mlock", "dio")),
+        threads=settings.threads,
+        threads_batch=settings.threads_batch,
+        repack=repack,
+        n_gpu_layers=flags.gpu_layers,
+        cpu_experts=cpu_experts,
+        overrides=parse_overrides(tuple(flags.override_tensor or ())),
+        tensor_split=_shares(flags.tensor_split),
+    )
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise UsageError(
+            f"'{value}' is not a value of {option}", hint=f"Choose one of: {', '.join(choices)}."
+        )
+    return value
+
+
+def _shares(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or min(shares) < 0 or not any(shares):
+        raise UsageError(f"'{text}' is not a tensor split", hint="Write shares with commas: -ts 3,1.")
+    return shares

@@ -1,0 +1,46 @@
+"""`qnext synth`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qnext.cli.output import load_progress, note, print_json
+
+
+def synth(
+    shape: Annotated[str, typer.Argument(help="demo, qwen3-next-80b-a3b, gpt-oss-20b, tiny-qwen3moe, …")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    quant: Annotated[str, typer.Option("--quant", help="File type: Q4_K_M, Q8_0, BF16, …")] = "Q4_K_M",
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers instead of all.")] = None,
+    header_only: Annotated[
+        bool, typer.Option("--header-only", help="Full size, sparse, no weights: for planning.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random weights.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write a GGUF of a real architecture with random weights, to plan and measure without a download.
+
+    Example: qnext synth qwen3-next-80b-a3b --quant Q4_K_M --layers 8 -o slice.gguf
+    """
+    from qnext.pipeline.synthesis import write_model
+    from qnext.units import format_bytes
+
+    with load_progress(f"writing {output.name}") as progress:
+        report = write_model(
+            shape,
+            output,
+            quant=quant,
+            layers=layers,
+            header_only=header_only,
+            seed=seed,
+            on_progress=progress,
+        )
+    if json_output:
+        print_json({"schema": "qnext.synth/1", **report})
+        return
+    size, seconds = int(report["file_bytes"]), int(report["elapsed_ns"]) / 1e9
+    rate = "" if header_only else f", {size / 1e9 / seconds:.2f} GB/s"
+    note(f"wrote {output}: {format_bytes(size)}, {report['tensors']} tensors in {seconds:.1f} s{rate}")

@@ -1,0 +1,30 @@
+"""`qnext worker`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qnext.cli.output import note
+
+
+def worker(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="TCP port.")] = 50052,
+    threads: Annotated[int, typer.Option("-t", "--threads", min=1, max=512, help="CPU threads.")] = 4,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Let other machines in; there is no password.")
+    ] = False,
+) -> None:
+    """Lend this machine to another qnext as a llama.cpp RPC device, until Ctrl-C.
+
+    Example: qnext worker --port 50052
+    """
+    from qnext.engine.build import require_build
+    from qnext.engine.rpc import RpcWorker
+
+    require_build()
+    with RpcWorker(host=host, port=port, threads=threads, allow_network=allow_network) as running:
+        note(f"worker listens on {running.endpoint}; use it with --rpc {running.endpoint}")
+        running.wait()

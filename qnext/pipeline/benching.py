@@ -1,0 +1,112 @@
+"""The trip of `qnext bench run`: a planned model, a grid of tests, every sample kept as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from qnext.bench.names import Scenario
+from qnext.bench.statistics import sample_warnings
+from qnext.config import Paths, leaking_environment
+from qnext.errors import QnextError
+from qnext.pipeline.recording import new_record, test_result
+from qnext.pipeline.request import Request
+from qnext.pipeline.running import RunningModel
+from qnext.pipeline.surroundings import Notice
+from qnext.plan.values import Workload
+from qnext.store.record import Record, TestResult
+from qnext.store.results import ResultStore
+
+
+@dataclass(frozen=True, slots=True)
+class BenchWatch:
+    """What a caller may follow: load progress (0 to 1), each sample as it comes, each finished test."""
+
+    on_load: Callable[[float], None] | None = None
+    on_sample: Callable[[Scenario, int, int], None] | None = None
+    on_test: Callable[[TestResult], None] | None = None
+
+
+def run_bench(
+    request: Request,
+    tests: Sequence[Scenario],
+    repetitions: int,
+    paths: Paths,
+    notice: Notice,
+    command: Sequence[str],
+    watch: BenchWatch,
+) -> Record:
+    """Measure `tests` one after the other and store each as it ends; returns the finished record.
+
+    An error or Ctrl-C leaves the finished tests in the store, the record marked failed or interrupted, and
+    goes on to the caller.
+    """
+    largest = max(tests, key=lambda test: test.tokens + test.depth)
+    if request.context is None:
+        request = replace(request, context=_padded(largest.tokens + largest.depth))
+    request = replace(request, workload=_workload(tests))
+    store = ResultStore(paths.results_db)
+    with RunningModel(request, paths, notice, watch.on_load) as model:
+        record = _start(model, store, tests, repetitions, command)
+        warnings: list[str] = []
+        try:
+            for test in tests:
+                result, found = _measure(model, test, repetitions, watch)
+                warnings += found
+                store.add_test(record.id, result)
+                if watch.on_test is not None:
+                    watch.on_test(result)
+        except KeyboardInterrupt:
+            store.finish(record.id, "interrupted", warnings=[*model.warnings, *warnings])
+            raise
+        except QnextError as error:
+            store.finish(record.id, "failed", warnings=[*model.warnings, *warnings], error=error.message)
+            raise
+        store.finish(record.id, "ok", allocated=model.opened.allocated, warnings=[*model.warnings, *warnings])
+    return store.get(record.id)
+
+
+def _start(
+    model: RunningModel,
+    store: ResultStore,
+    tests: Sequence[Scenario],
+    repetitions: int,
+    command: Sequence[str],
+) -> Record:
+    names: dict[str, object] = {"tests": [test.name for test in tests], "repetitions": repetitions}
+    record = new_record(model.planned, model.build, "bench", model.opened.allocated, command, names)
+    leaking = [
+        f"{name} is set in the environment" for name in leaking_environment() if "LLAMA_ARG" not in name
+    ]
+    record = replace(record, warnings=tuple(leaking))
+    store.start(record)
+    return record
+
+
+def _measure(
+    model: RunningModel, test: Scenario, repetitions: int, watch: BenchWatch
+) -> tuple[TestResult, list[str]]:
+    samples: list[int] = []
+    for event in model.bench(
+        prompt=test.prompt, generate=test.generate, depth=test.depth, repetitions=repetitions
+    ):
+        if event["event"] == "sample":
+            samples.append(int(str(event["ns"])))
+            if watch.on_sample is not None:
+                watch.on_sample(test, len(samples), repetitions)
+    planned = model.planned
+    result = test_result(test, samples, planned.plan, planned.surroundings.speeds.ram_bps)
+    return result, [f"{test.name}: {warning}" for warning in sample_warnings(samples)]
+
+
+def _workload(tests: Sequence[Scenario]) -> Workload:
+    return Workload(
+        prompt=max(test.prompt for test in tests),
+        generate=max(test.generate for test in tests),
+        depth=max(test.depth for test in tests),
+    )
+
+
+def _padded(tokens: int) -> int:
+    """llama.cpp rounds contexts up to 256."""
+    return -(-tokens // 256) * 256

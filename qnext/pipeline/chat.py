@@ -1,0 +1,114 @@
+"""The trip of `qnext run`: a running model, a conversation with it, and the record of how fast it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+from qnext.bench.names import Scenario
+from qnext.config import Paths
+from qnext.models.chat import chat_template, sampling_defaults
+from qnext.pipeline.conversation import Conversation, Piece, Turn
+from qnext.pipeline.recording import new_record, test_result
+from qnext.pipeline.request import Request
+from qnext.pipeline.running import RunningModel
+from qnext.pipeline.surroundings import Notice
+from qnext.store.record import Record, Status, TestResult
+from qnext.store.results import ResultStore
+
+
+class ChatRun:
+    """One `qnext run`. Use as a context manager: leaving it ends the engine and closes the record.
+
+    What is said stays in memory; only counts, times and memory go into the results database.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        paths: Paths,
+        notice: Notice,
+        on_progress: Callable[[float], None],
+        *,
+        command: Sequence[str],
+        system: str | None,
+        raw: bool,
+        max_tokens: int,
+        sampling: dict[str, float],
+    ) -> None:
+        self.model = RunningModel(request, paths, notice, on_progress)
+        self._notice = notice
+        facts, header = self.model.opened.facts, self.model.planned.model.header
+        template = None if raw else chat_template(header, bos=str(facts["bos"]), eos=str(facts["eos"]))
+        if template is None and not raw:
+            notice("the file has no chat template; sending prompts as they are")
+        self.conversation = Conversation(
+            self.model,
+            template,
+            {**sampling_defaults(header), **sampling},
+            system=system,
+            max_tokens=max_tokens,
+        )
+        self._store = ResultStore(paths.results_db)
+        self._finished = False
+        self._record = new_record(
+            self.model.planned,
+            self.model.build,
+            "run",
+            self.model.opened.allocated,
+            _without_text(command),
+            {},
+        )
+        self._store.start(self._record)
+
+    def say(self, text: str) -> Iterator[Piece]:
+        """Send one message; yields the answer as it streams and stores its speeds when it ends."""
+        yield from self.conversation.say(text)
+        for test in self._tests(self.conversation.turns[-1]):
+            self._store.add_test(self._record.id, test)
+
+    def record(self) -> Record:
+        """The record as stored so far."""
+        return self._store.get(self._record.id)
+
+    def finish(self, status: Status, error: str | None = None) -> Record:
+        """Close the record with what was allocated and warned about."""
+        self._finished = True
+        self._store.finish(
+            self._record.id,
+            status,
+            allocated=self.model.opened.allocated,
+            warnings=self.model.warnings,
+            error=error,
+        )
+        return self.record()
+
+    def _tests(self, turn: Turn) -> Iterator[TestResult]:
+        """Prefill and decode of one turn as tests with one sample each."""
+        plan, bandwidth = self.model.planned.plan, self.model.planned.surroundings.speeds.ram_bps
+        fresh = turn.prompt_tokens - turn.cached_tokens
+        if fresh and turn.prefill_ns:
+            yield test_result(Scenario(fresh, 0, turn.cached_tokens), [turn.prefill_ns], plan, bandwidth)
+        if turn.decodes and turn.decode_ns:
+            decode = Scenario(0, turn.decodes, turn.prompt_tokens)
+            yield test_result(decode, [turn.decode_ns], plan, bandwidth)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not self._finished:
+            interrupted = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit)
+            self.finish("interrupted" if interrupted else "failed", None if interrupted else str(error))
+        self.model.close()
+
+
+def _without_text(command: Sequence[str]) -> list[str]:
+    """The command line without what was said: prompts are nobody's business but the user's."""
+    kept: list[str] = []
+    skip = False
+    for word in command:
+        hide = word.startswith(("--prompt=", "--system="))
+        kept.append("(text)" if skip else word.split("=")[0] + "=(text)" if hide else word)
+        skip = word in ("--prompt", "--system")
+    return kept

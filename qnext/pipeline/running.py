@@ -1,0 +1,181 @@
+"""A planned model, running: opened with a safer retry, its allocation compared with the plan.
+
+A crash of the engine costs the child process and nothing else. When the weight layout may be the cause, the
+model is opened again with the next safer one and the machine's remembered layout is changed, so that the
+next run starts there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from qnext.config import Paths
+from qnext.engine.crash import EngineCrashError
+from qnext.engine.log_reader import PRINT_RESOLUTION_BYTES, allocated_devices, read_buffer_sizes
+from qnext.engine.probe import ORDER, remember_policy
+from qnext.engine.protocol import Message
+from qnext.engine.session import EngineSession
+from qnext.errors import EngineError
+from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
+from qnext.pipeline.request import Request
+from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
+from qnext.plan.options import RepackPolicy
+from qnext.plan.values import DeviceMemory
+from qnext.units import MIB, format_bytes
+
+_LAYOUT_CRASHES = ("crash", "amx", "abort", "illegal")
+_TOLERANCE_SHARE = 100
+_TOLERANCE_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What opening a model showed: sizes that are active, bytes per device, time to load."""
+
+    facts: Message
+    allocated: tuple[DeviceMemory, ...]
+    load_ns: int
+
+
+class RunningModel:
+    """A model in an engine child. Use as a context manager; `planned` is the plan in force after retries.
+
+    `on_progress` gets the share of the weights loaded. Raises DoesNotFitError before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        paths: Paths,
+        notice: Notice,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self._request = request
+        self._paths = paths
+        self._notice = notice
+        self._on_progress = on_progress
+        self._session: EngineSession | None = None
+        self.warnings: list[str] = []
+        self.planned = plan_model(request, paths, notice)
+        self.build = require_this_machine(self.planned.surroundings)
+        require_fit(self.planned.plan)
+        self.opened = self._open_safely()
+
+    @property
+    def session(self) -> EngineSession:
+        """The live engine session."""
+        assert self._session is not None
+        return self._session
+
+    def generate(
+        self, text: str, *, max_tokens: int, sampling: dict[str, float], **options: Any
+    ) -> Iterator[Message]:
+        """Continue `text`. If the engine dies before the first token, try once more with a safer layout."""
+        answering = False
+        try:
+            for event in self.session.generate(text, max_tokens=max_tokens, sampling=sampling, **options):
+                answering = answering or event["event"] == "token"
+                yield event
+        except EngineCrashError as error:
+            if answering or not self._retreat(error):
+                raise
+            yield from self.generate(text, max_tokens=max_tokens, sampling=sampling, **options)
+
+    def bench(self, *, prompt: int, generate: int, depth: int, repetitions: int) -> Iterator[Message]:
+        """Time one test, with the same retry before its first sample."""
+        measured = False
+        try:
+            for event in self.session.bench(
+                prompt=prompt, generate=generate, depth=depth, repetitions=repetitions
+            ):
+                measured = measured or event["event"] == "sample"
+                yield event
+        except EngineCrashError as error:
+            if measured or not self._retreat(error):
+                raise
+            yield from self.bench(prompt=prompt, generate=generate, depth=depth, repetitions=repetitions)
+
+    def reopen(self) -> None:
+        """Start the engine again after it died."""
+        self.opened = self._open_safely()
+
+    def close(self) -> None:
+        """End the engine child."""
+        if self._session is not None:
+            self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_safely(self) -> Opened:
+        while True:
+            try:
+                return self._open()
+            except EngineCrashError as error:
+                if not self._next_layout(error):
+                    raise
+            except EngineError:
+                self.close()
+                raise
+
+    def _open(self) -> Opened:
+        self.close()
+        self._session = EngineSession()
+        plan = self.planned.plan
+        facts = self._session.open(self.planned.model.path, plan.placement, on_progress=self._on_progress)
+        sizes = read_buffer_sizes(self._session.log)
+        budgets = {budget.name: budget for budget in self.planned.budgets}
+        wanted = {device.name: budgets[device.name] for device in plan.devices}
+        allocated = allocated_devices(sizes, wanted)
+        self.warnings = [*plan.warnings, *differences(plan.devices, allocated)]
+        return Opened(facts, allocated, int(str(facts["load_ns"])))
+
+    def _retreat(self, error: EngineCrashError) -> bool:
+        """After a crash while running: open again with a safer layout; False when there is none."""
+        if not self._next_layout(error):
+            return False
+        self.opened = self._open_safely()
+        return True
+
+    def _next_layout(self, error: EngineCrashError) -> bool:
+        """Plan again with the next safer layout, if the layout may be at fault and one is left."""
+        current = self.planned.surroundings.repack
+        if self._request.overrides or error.kind not in _LAYOUT_CRASHES or current == ORDER[-1]:
+            return False
+        safer: RepackPolicy = ORDER[ORDER.index(current) + 1]
+        self._notice(f"{error.message}; trying again with --repack {safer}")
+        if self._request.repack is None:
+            entry = layout_entry(self._paths, self.planned.surroundings.machine, self.build)
+            remember_policy(entry, self.build, safer, {current: error.message})
+        self.planned = replan(self._request, safer, self._paths, self._notice)
+        return True
+
+
+def replan(request: Request, repack: RepackPolicy, paths: Paths, notice: Notice) -> PlannedModel:
+    """The same request with a given weight layout, checked to fit."""
+    planned = plan_model(replace(request, repack=repack), paths, notice)
+    require_fit(planned.plan)
+    return planned
+
+
+def differences(planned: tuple[DeviceMemory, ...], allocated: tuple[DeviceMemory, ...]) -> list[str]:
+    """A warning per device whose allocation is off by more than 1 % or 32 MiB, whichever is less.
+
+    Sizes under llama.cpp's print resolution (0.01 MiB for each buffer) do not count.
+    """
+    found = []
+    for plan, real in zip(planned, allocated, strict=True):
+        off = real.total_bytes - plan.total_bytes
+        tolerance = min(plan.total_bytes // _TOLERANCE_SHARE, _TOLERANCE_BYTES)
+        if abs(off) > max(tolerance, 10 * PRINT_RESOLUTION_BYTES):
+            more = "more" if off > 0 else "less"
+            found.append(
+                f"{plan.name} holds {format_bytes(abs(off))} {more} than planned "
+                f"({format_bytes(real.total_bytes)} instead of {format_bytes(plan.total_bytes)})"
+            )
+    return found
