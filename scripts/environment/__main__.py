@@ -26,8 +26,8 @@ def main() -> int:
         return 1
     except OSError as error:
         print(f"Error: set-up cannot use {error.filename or sys.argv[2]}: {error.strerror}.", file=sys.stderr)
-        print("Make it writable and free some space, or name other places: QNEXT_VENV=DIR for the environment, "
-              "XDG_CACHE_HOME=DIR for the compiled engine.", file=sys.stderr)  # fmt: skip
+        print("Make it writable and free some space, or name other places: QNEXT_VENV=DIR (environment), "
+              "XDG_CACHE_HOME=DIR (compiled engine).", file=sys.stderr)  # fmt: skip
         return 1
     return 0
 
