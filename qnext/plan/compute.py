@@ -10,11 +10,13 @@ largest counts (sizes per token, in 32-bit values, times the ubatch):
   holds its convolution about 1.5 times and its values about 3.75 times;
 - the logits: `vocabulary` for each token that yields an output.
 
-The attention mask (f16, context × ubatch) lies beside the first two. The constants were read off 640 dry runs
-of llama.cpp 0.5.0 over the shapes of Qwen3-Next-80B, Qwen3-30B-A3B, gpt-oss-20b and Qwen3-8B, ubatch 128 to
-4096, context 4k to 262k, on the CPU and with an RPC device; `scripts/bench_memory_exact.py` says how far off
-it is. What a CUDA device copies of CPU experts for large batches is taken from the scheduler's source, not
-measured.
+The attention mask (f16, context × ubatch) lies beside the first two. The constants were read off 1,300 dry
+runs of llama.cpp 0.5.0 over the shapes of Qwen3-Next-80B, Qwen3-30B-A3B, gpt-oss-20b and Qwen3-8B, ubatch 128
+to 4096, context 4k to 262k, on the CPU and with an RPC device holding all, half, or all but the experts: the
+estimate is within 10 % of each (`scripts/bench_memory_exact.py` measures it). Other shapes may be further
+off, up to a third, because best-fit allocation leaves holes or not; experts of the last layer alone on the
+CPU are overestimated, since the engine drops the tokens without output before them. What a CUDA device copies
+of CPU experts for large batches is taken from the scheduler's source, not measured.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def estimate_compute(
         if visited:
             peaks.append(_visited(rows, mask_waits=min(visited) < _first_full_attention(shape)))
         if layer_device[-1] == name:
-            peaks.append(_output(shape, rows, on_host=name == HOST, experts_here=feed_forward[-1] == name))
+            last_elsewhere = feed_forward[-1] != name
+            returned = rows.experts_out // (2 if both else 1) if last_elsewhere else 0
+            peaks.append(_output(shape, rows, on_host=name == HOST, returned=returned))
         estimates[name] = max(peaks) + copied.get(name, 0)
     return estimates
 
@@ -153,11 +157,13 @@ def _attention(shape: ModelShape, placement: Placement, rows: _Rows) -> int:
     return peak
 
 
-def _output(shape: ModelShape, rows: _Rows, *, on_host: bool, experts_here: bool) -> int:
+def _output(shape: ModelShape, rows: _Rows, *, on_host: bool, returned: int) -> int:
+    """`returned` is what other devices' experts sent back last; half of it where the allocator may or may
+    not find another place for it."""
     peak = rows.logits + 3 * rows.embd
     if any(shape.recurrent):
-        if not experts_here:
-            peak += rows.experts_out
+        if returned:
+            peak += returned
         elif on_host and rows.mask < rows.experts_out:
             peak += rows.mask
         else:
