@@ -10,7 +10,7 @@ largest counts (sizes per token, in 32-bit values, times the ubatch):
   holds its convolution about 1.5 times and its values about 3.75 times;
 - the logits: `vocabulary` for each token that yields an output.
 
-The attention mask (f16, context × ubatch) lies beside the first two. The constants were read off 1,300 dry
+The attention mask (f16, context × ubatch) lies beside the first two. The constants were read off 744 dry
 runs of llama.cpp 0.5.0 over the shapes of Qwen3-Next-80B, Qwen3-30B-A3B, gpt-oss-20b and Qwen3-8B, ubatch 128
 to 4096, context 4k to 262k, on the CPU and with an RPC device holding all, half, or all but the experts: the
 estimate is within 10 % of each (`scripts/bench_memory_exact.py` measures it). Other shapes may be further
