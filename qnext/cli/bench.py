@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags import PlanFlags, make_request, takes_plan_flags
-from qnext.cli.output import load_progress, note, print_json, print_table, stderr_console
+from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
+from qnext.cli.output import note, print_json, print_table, progress_bar
 
 app = typer.Typer(
     name="bench",
-    help="Measure speeds and look at what was measured.\n\nExample: qnext bench run demo -p 512 -n 128 -r 5",
+    help="Measure speeds, and look at what was measured.\n\nStart with: qnext bench run demo",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -21,15 +21,26 @@ app = typer.Typer(
 @app.command("run")
 @takes_plan_flags
 def run(
-    model: Annotated[str, typer.Argument(help="demo, or the path of a GGUF (any shard).")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
-    prompts: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, e.g. 512,2048.")] = "512",
-    generates: Annotated[str, typer.Option("-n", "--n-gen", help="Tokens generated, e.g. 128.")] = "128",
-    depths: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens already in context.")] = "0",
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Samples.")] = 5,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    prompts: Annotated[
+        str, typer.Option("-p", "--n-prompt", metavar="N,…", help="Prefill tests: prompt tokens, or 0.")
+    ] = "512",
+    generates: Annotated[
+        str, typer.Option("-n", "--n-gen", metavar="N,…", help="Decode tests: tokens generated, or 0.")
+    ] = "128",
+    depths: Annotated[
+        str,
+        typer.Option("-d", "--n-depth", metavar="N,…", help="Each with so many tokens already in context."),
+    ] = "0",
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Samples per test.")
+    ] = 5,
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print the record as JSON.")
+    ] = False,
 ) -> None:
-    """Time prefill and decode with llama-bench's semantics; every sample is kept.
+    """Time prefill and decode as llama-bench does; every sample is kept.
 
     Example: qnext bench run model.gguf -p 512,2048 -n 128 -d 0,4096 -r 5
     """
@@ -44,28 +55,51 @@ def run(
     if not tests:
         raise UsageError("there is nothing to measure", hint="Give -p or -n a number above 0.")
     request = make_request(model, flags)
-    status = stderr_console().status("loading")
+    finished: list[TestResult] = []
+    record_ids: list[str] = []
+    try:
+        with progress_bar(f"loading {model}") as show:
 
-    def on_sample(test: Scenario, done: int, total: int) -> None:
-        status.update(f"{test.name}: {done} of {total}")
+            def on_sample(test: Scenario, done: int, total: int) -> None:
+                share = (len(finished) + done / total) / len(tests)
+                show(share, f"{test.name}: {done} of {total} samples")
 
-    def on_test(result: TestResult) -> None:
-        note(test_line(result))
+            def on_start(record_id: str) -> None:
+                record_ids.append(record_id)
+                show(0.0, f"{tests[0].name}: warming up")
 
-    with load_progress("loading") as progress, status:
-        watch = BenchWatch(on_load=progress, on_sample=on_sample, on_test=on_test)
-        record = run_bench(request, tests, repetitions, find_paths(), note, sys.argv[1:], watch)
+            def on_test(result: TestResult) -> None:
+                finished.append(result)
+                note(test_line(result))
+
+            watch = BenchWatch(on_load=show, on_start=on_start, on_sample=on_sample, on_test=on_test)
+            record = run_bench(request, tests, repetitions, find_paths(), note, sys.argv[1:], watch)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        note(_what_is_kept(record_ids, len(finished), len(tests)))
+        raise
     if json_output:
         print_json(record_to_dict(record))
     else:
         print_table(record_view(record))
 
 
+def _what_is_kept(record_ids: list[str], finished: int, wanted: int) -> str:
+    if not record_ids:
+        return "the model was not loaded, so nothing was measured or stored"
+    kept = f"{finished} of {wanted} tests are kept" if finished else "no test had ended"
+    return f"{kept}; see: qnext bench show {record_ids[0]}"
+
+
 @app.command("history")
 def history(
-    model: Annotated[str | None, typer.Argument(help="Only models whose name contains this.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many records.")] = 20,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Only models whose name contains this.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, metavar="N", help="How many records.")] = 20,
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print the records as JSON.")
+    ] = False,
 ) -> None:
     """List what was measured, newest first.
 
@@ -81,25 +115,36 @@ def history(
         print_json({"schema": "qnext.history/1", "records": [record_to_dict(record) for record in records]})
     elif records:
         print_table(history_view(records))
-    else:
+    elif model is None:
         note("nothing measured yet; start with: qnext bench run demo")
+    else:
+        note(f"nothing measured for a model called '{model}'; see all: qnext bench history")
 
 
 @app.command("show")
 def show(
-    record_id: Annotated[str, typer.Argument(help="Id of a record, or its beginning.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    record_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Id of a record or its first characters; the newest.")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print the record as JSON.")
+    ] = False,
 ) -> None:
     """Show one record with every sample.
 
     Example: qnext bench show 3f2a
     """
     from qnext.config import find_paths
+    from qnext.errors import UsageError
     from qnext.report.record_view import record_view
     from qnext.store.record import record_to_dict
     from qnext.store.results import ResultStore
 
-    record = ResultStore(find_paths().results_db).get(record_id)
+    store = ResultStore(find_paths().results_db)
+    newest = store.history(1) if record_id is None else []
+    if record_id is None and not newest:
+        raise UsageError("nothing was measured yet", hint="qnext bench run demo")
+    record = newest[0] if record_id is None else store.get(record_id)
     if json_output:
         print_json(record_to_dict(record))
     else:

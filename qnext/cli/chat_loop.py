@@ -1,4 +1,4 @@
-"""The terminal side of a chat: reading lines, streaming answers, the slash commands."""
+"""The terminal side of a chat: reading lines, the slash commands, and what is said after each answer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from qnext.cli.answer import stream_answer, turn_warnings
 from qnext.cli.output import note, print_error, stderr_console
 from qnext.errors import EngineError, QnextError
 
 if TYPE_CHECKING:
     from qnext.pipeline.chat import ChatRun
-    from qnext.pipeline.conversation import Turn
 
-_HELP = "/stats shows speeds and memory, /reset forgets the conversation, /exit leaves (Ctrl-D too)"
+_HELP = "/stats shows speeds and memory, /reset forgets the conversation, /exit leaves (so does Ctrl-D)"
 
 
 def chat_loop(chat: ChatRun) -> None:
@@ -24,28 +24,39 @@ def chat_loop(chat: ChatRun) -> None:
         import readline  # noqa: F401  (gives input() its line editing)
 
     note(plan_line(chat.model.planned.plan))
+    for warning in chat.model.warnings:
+        note(f"warning: {warning}")
     note(_HELP)
     while True:
         try:
-            line = input("\n> ").strip()
+            line = _read_line()
         except EOFError:
-            sys.stdout.write("\n")
+            sys.stderr.write("\n")
             break
         except KeyboardInterrupt:
-            sys.stdout.write("\n")
+            sys.stderr.write("\n")
             note("type /exit to leave")
-            continue
-        if not line:
             continue
         if line == "/exit":
             break
         if line.startswith("/"):
             _command(chat, line)
-            continue
-        _answer(chat, line)
+        elif line:
+            _answer(chat, line)
     record = chat.finish("ok")
     if record.tests:
-        note(f"recorded as {record.id}; see it with: qnext bench show {record.id}")
+        note(f"recorded; see it with: qnext bench show {record.id}")
+
+
+def _read_line() -> str:
+    """A line from the terminal. The prompt is no data, so it goes to stderr unless readline draws it."""
+    sys.stderr.write("\n")
+    sys.stderr.flush()
+    if sys.stdout.isatty():
+        return input("> ").strip()
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    return input().strip()
 
 
 def _answer(chat: ChatRun, line: str) -> None:
@@ -54,15 +65,22 @@ def _answer(chat: ChatRun, line: str) -> None:
     try:
         turn = stream_answer(chat, line)
     except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        note("stopped; the conversation before this question is kept")
+        sys.stderr.write("\n")
+        kept = (
+            "your message and what was answered so far are"
+            if chat.conversation.cut_off
+            else "all before it is"
+        )
+        note(f"stopped; {kept} kept in the conversation")
         _revive(chat)
     except QnextError as error:
-        sys.stdout.write("\n")
+        sys.stderr.write("\n")
         print_error(error)
-        note("the conversation before this question is kept")
+        note("your message was not added; the conversation before it is kept")
         _revive(chat)
     else:
+        for warning in turn_warnings(turn, chat.max_tokens):
+            note(warning)
         note(turn_line(turn, chat.model.planned.plan))
 
 
@@ -80,31 +98,13 @@ def _command(chat: ChatRun, line: str) -> None:
     from qnext.report.record_view import run_view
 
     if line == "/stats":
-        stderr_console().print(run_view(chat.record()))
+        record = chat.record()
+        if record.tests:
+            stderr_console().print(run_view(record))
+        else:
+            note("nothing measured yet; say something first")
     elif line == "/reset":
         chat.conversation.reset()
-        note("forgotten")
+        note("forgotten; the next message starts afresh")
     else:
-        note(f"'{line}' is no command; {_HELP}")
-
-
-def stream_answer(chat: ChatRun, text: str, *, silent: bool = False) -> Turn:
-    """Print the answer to `text` as it comes: speech on stdout, thinking dimmed on stderr."""
-    console = stderr_console()
-    thinking = False
-    for piece in chat.say(text):
-        if silent or piece.kind == "prefill":
-            continue
-        if piece.kind == "thinking":
-            thinking = True
-            console.print(piece.text, style="dim italic", end="", markup=False)
-            continue
-        if thinking:
-            thinking = False
-            console.print("\n")
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-    if not silent:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    return chat.conversation.turns[-1]
+        note(f"'{line}' is no command: {_HELP}")

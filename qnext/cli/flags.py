@@ -9,108 +9,232 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from qnext.cli.verbose import Verbose
 from qnext.errors import UsageError
-from qnext.plan.values import Workload
 
-_MACHINE, _PLACE, _SIZE = "Machine", "Placement", "Context and speed"
+if TYPE_CHECKING:
+    from qnext.pipeline.request import Request
+    from qnext.plan.values import Workload
+
+MODEL_HELP = "demo, or the path of a GGUF file (any part of a split one)."
+
+_MACHINE, _PLACE, _SIZE = "Machine", "What goes where", "Context and threads"
 
 
 @dataclass(frozen=True, slots=True)
 class PlanFlags:
     """What the command line says about machine, placement and sizes; None leaves it to the planner."""
 
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            "--hardware", help="Plan for a recorded machine: a name or file.", rich_help_panel=_MACHINE
-        ),
-    ] = None
-    ram: Annotated[
-        str | None,
-        typer.Option("--ram", help="RAM that may be used, e.g. 24G.", rich_help_panel=_MACHINE),
-    ] = None
-    vram: Annotated[
-        str | None,
-        typer.Option("--vram", help="Memory that may be used on each GPU.", rich_help_panel=_MACHINE),
-    ] = None
-    device_memory: Annotated[
-        list[str] | None,
-        typer.Option("--device-memory", help="NAME=SIZE for one device.", rich_help_panel=_MACHINE),
-    ] = None
-    rpc: Annotated[
-        str | None,
-        typer.Option("--rpc", help="llama.cpp workers, host:port,…", rich_help_panel=_MACHINE),
-    ] = None
     context: Annotated[
         int | None,
-        typer.Option("-c", "--ctx-size", min=1, help="Context of all slots together.", rich_help_panel=_SIZE),
+        typer.Option(
+            "-c",
+            "--ctx-size",
+            min=1,
+            metavar="TOKENS",
+            help="Longest conversation, over all slots together.",
+            rich_help_panel=_SIZE,
+        ),
     ] = None
     parallel: Annotated[
-        int, typer.Option("-np", "--parallel", min=1, max=256, help="Slots.", rich_help_panel=_SIZE)
+        int,
+        typer.Option(
+            "-np",
+            "--parallel",
+            min=1,
+            max=256,
+            metavar="N",
+            help="Slots: conversations at the same time.",
+            rich_help_panel=_SIZE,
+        ),
     ] = 1
+    cache_type_k: Annotated[
+        str | None,
+        typer.Option(
+            "-ctk",
+            "--cache-type-k",
+            metavar="TYPE",
+            help="Precision of the KV cache's keys: f16, or q8_0 at about half the size.",
+            rich_help_panel=_SIZE,
+        ),
+    ] = None
+    cache_type_v: Annotated[
+        str | None,
+        typer.Option(
+            "-ctv",
+            "--cache-type-v",
+            metavar="TYPE",
+            help="The same of its values.",
+            rich_help_panel=_SIZE,
+        ),
+    ] = None
+    flash_attention: Annotated[
+        str,
+        typer.Option(
+            "-fa",
+            "--flash-attn",
+            metavar="on|off|auto",
+            help="Flash attention: less memory, needed for a q8_0 cache.",
+            rich_help_panel=_SIZE,
+        ),
+    ] = "on"
     batch: Annotated[
-        int, typer.Option("-b", "--batch-size", min=1, help="Logical batch.", rich_help_panel=_SIZE)
+        int,
+        typer.Option(
+            "-b",
+            "--batch-size",
+            min=1,
+            metavar="N",
+            help="Prompt tokens given to the engine at once.",
+            rich_help_panel=_SIZE,
+        ),
     ] = 2048
     ubatch: Annotated[
         int | None,
         typer.Option(
-            "-ub", "--ubatch-size", "--ubatch", min=1, help="Physical batch.", rich_help_panel=_SIZE
+            "-ub",
+            "--ubatch-size",
+            "--ubatch",
+            min=1,
+            metavar="N",
+            help="Prompt tokens computed at once: more is faster and takes memory.",
+            rich_help_panel=_SIZE,
         ),
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option("-t", "--threads", min=1, max=512, help="Threads for decode.", rich_help_panel=_SIZE),
+        typer.Option(
+            "-t",
+            "--threads",
+            min=1,
+            max=512,
+            metavar="N",
+            help="CPU threads for decode.",
+            rich_help_panel=_SIZE,
+        ),
     ] = None
     threads_batch: Annotated[
         int | None,
-        typer.Option("-tb", "--threads-batch", min=1, max=512, help="For prefill.", rich_help_panel=_SIZE),
+        typer.Option(
+            "-tb",
+            "--threads-batch",
+            min=1,
+            max=512,
+            metavar="N",
+            help="CPU threads for prefill.",
+            rich_help_panel=_SIZE,
+        ),
     ] = None
-    cache_type_k: Annotated[
+    hardware: Annotated[
         str | None,
-        typer.Option("-ctk", "--cache-type-k", help="K cache type: f16, q8_0, …", rich_help_panel=_SIZE),
+        typer.Option(
+            "--hardware",
+            metavar="NAME|FILE",
+            help="Plan for a recorded machine instead of this one.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = None
-    cache_type_v: Annotated[
+    ram: Annotated[
         str | None,
-        typer.Option("-ctv", "--cache-type-v", help="V cache type.", rich_help_panel=_SIZE),
+        typer.Option("--ram", metavar="SIZE", help="RAM to use at most: 24G.", rich_help_panel=_MACHINE),
     ] = None
-    flash_attention: Annotated[
-        str, typer.Option("-fa", "--flash-attn", help="on, off or auto.", rich_help_panel=_SIZE)
-    ] = "on"
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            "--vram", metavar="SIZE", help="Memory to use at most on each GPU.", rich_help_panel=_MACHINE
+        ),
+    ] = None
+    device_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device-memory",
+            metavar="NAME=SIZE",
+            help="The same for one device: CUDA0=14G. May be repeated.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None
+    rpc: Annotated[
+        str | None,
+        typer.Option(
+            "--rpc",
+            metavar="HOST:PORT,…",
+            help="Other machines that run qnext worker; each needs --device-memory RPC0=SIZE.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None
     gpu_layers: Annotated[
         int | None,
-        typer.Option("-ngl", "--gpu-layers", min=0, help="Layers on the GPU.", rich_help_panel=_PLACE),
+        typer.Option(
+            "-ngl",
+            "--gpu-layers",
+            "--n-gpu-layers",
+            min=0,
+            metavar="N",
+            help="Layers on the GPU.",
+            rich_help_panel=_PLACE,
+        ),
     ] = None
     cpu_moe: Annotated[
-        bool, typer.Option("-cmoe", "--cpu-moe", help="All experts on the CPU.", rich_help_panel=_PLACE)
+        bool,
+        typer.Option(
+            "-cmoe", "--cpu-moe", metavar="", help="All routed experts in RAM.", rich_help_panel=_PLACE
+        ),
     ] = False
     n_cpu_moe: Annotated[
         int | None,
         typer.Option(
-            "-ncmoe", "--n-cpu-moe", min=0, help="Experts of the first N on the CPU.", rich_help_panel=_PLACE
+            "-ncmoe",
+            "--n-cpu-moe",
+            min=0,
+            metavar="N",
+            help="Routed experts of the first N layers in RAM.",
+            rich_help_panel=_PLACE,
         ),
     ] = None
     override_tensor: Annotated[
         list[str] | None,
-        typer.Option("-ot", "--override-tensor", help="REGEX=BUFFER,…", rich_help_panel=_PLACE),
+        typer.Option(
+            "-ot",
+            "--override-tensor",
+            metavar="REGEX=BUFFER,…",
+            help="Tensors whose name matches go to that buffer: 'exps=CPU'.",
+            rich_help_panel=_PLACE,
+        ),
     ] = None
     tensor_split: Annotated[
         str | None,
-        typer.Option("-ts", "--tensor-split", help="Share of layers per GPU: 3,1.", rich_help_panel=_PLACE),
+        typer.Option(
+            "-ts",
+            "--tensor-split",
+            metavar="A,B,…",
+            help="Share of the layers per GPU: 3,1.",
+            rich_help_panel=_PLACE,
+        ),
     ] = None
     load_mode: Annotated[
         str,
         typer.Option(
-            "-lm", "--load-mode", help="none, mmap, mlock, mmap+mlock, dio.", rich_help_panel=_PLACE
+            "-lm",
+            "--load-mode",
+            metavar="MODE",
+            help="How the file gets into memory: none (read), mmap, mlock, mmap+mlock, dio.",
+            rich_help_panel=_PLACE,
         ),
     ] = "none"
     repack: Annotated[
         str,
-        typer.Option("--repack", help="CPU weight layout: auto, full, experts, off.", rich_help_panel=_PLACE),
+        typer.Option(
+            "--repack",
+            metavar="LAYOUT",
+            help="Weights rearranged for this CPU: auto, full, experts or off.",
+            rich_help_panel=_PLACE,
+        ),
     ] = "auto"
+    verbose: Verbose = False
 
 
 def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -139,10 +263,11 @@ def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def make_request(model: str, flags: PlanFlags, workload: Workload | None = None) -> Any:
+def make_request(model: str, flags: PlanFlags, workload: Workload | None = None) -> Request:
     """The pipeline's Request from flags, environment and settings file, in that order of precedence."""
     from qnext.config import load_settings
     from qnext.pipeline.request import Request, parse_device_memory, parse_overrides
+    from qnext.plan.values import Workload
 
     settings = load_settings(
         {

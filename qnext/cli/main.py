@@ -1,15 +1,17 @@
-"""Entry point: assembles the commands and turns errors into exit codes.
+"""Entry point: runs the command and turns every way of ending into an exit code.
 
-Imports stay light: `--version` answers before Typer is loaded, and each command imports what it drives only
-when it runs.
+Imports stay light: `--version` answers before Typer is loaded, and only the command that runs is imported.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 from qnext import __version__
+
+INTERRUPTED = 130
 
 
 def main() -> NoReturn:
@@ -17,25 +19,57 @@ def main() -> NoReturn:
     if sys.argv[1:] in (["--version"], ["-V"]):
         sys.stdout.write(f"qnext {__version__}\n")
         sys.exit(0)
-    sys.exit(_run())
+    try:
+        code = _run(sys.argv[1:] or ["--help"])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nqnext: stopped\n")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = _reader_gone()
+    sys.exit(code)
 
 
-def _run() -> int:
-    from qnext.cli.app import app
+def _run(arguments: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or file that is not Unicode shows '?' for what it lacks instead of ending the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    import typer
+
+    from qnext.cli.app import make_app
     from qnext.errors import QnextError
 
     try:
-        app(prog_name="qnext", standalone_mode=True)
+        # Not standalone: Typer would end the process by itself, with panels of its own for usage errors.
+        result = make_app(arguments)(args=arguments, prog_name="qnext", standalone_mode=False)
     except QnextError as error:
         from qnext.cli.output import print_error
 
         print_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`qnext … | head`): not our failure, and nothing more to say.
-        sys.stderr.close()
-        return 0
+    except typer.TyperException as error:
+        return _usage(error)
+    if result == INTERRUPTED:
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: Exception) -> int:
+    """Typer's complaints about the command line, in our two lines. Bare `qnext bench` has shown its help."""
+    from qnext.cli.output import print_error
+    from qnext.errors import UsageError
+
+    context = getattr(error, "ctx", None)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if message:
+        command = context.command_path if context is not None else "qnext"
+        print_error(UsageError(message.rstrip(".").replace("\n", " "), hint=f"{command} --help"))
+    return UsageError.exit_code
+
+
+def _reader_gone() -> int:
+    """The reader of our output has left (`qnext … | head`): not our failure, and nothing more to say."""
+    # Python flushes stdout once more at exit; give it a place to go.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0

@@ -1,17 +1,31 @@
-"""The one place that writes to the terminal: data on stdout, everything else on stderr."""
+"""The one place that writes to the terminal: data on stdout, everything else on stderr.
+
+Notes and errors are wrapped to the terminal's width, between words; where stderr is a file or a pipe each
+stays one line, so that `grep` finds it whole.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qnext.errors import QnextError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+PROGRESS_DELAY_S = 0.5
+"""Work that takes less shows no bar: one that flashes up is worse than none."""
+
+
+class Progress(Protocol):
+    """Moves a progress bar to a share from 0 to 1; a label given replaces the bar's text."""
+
+    def __call__(self, share: float, label: str | None = None) -> None: ...
 
 
 def stderr_console() -> Console:
@@ -21,68 +35,90 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def stdout_console() -> Console:
-    """A Rich console on stdout, for tables that are the command's data."""
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+    """One JSON document on stdout; where stdout cannot hold Unicode, characters are escaped, never lost."""
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=ascii_only)
     sys.stdout.write("\n")
 
 
 def print_table(table: RenderableType) -> None:
     """A table or other renderable on stdout."""
-    stdout_console().print(table)
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
 
 
 def note(text: str) -> None:
-    """One line on stderr about what is going on."""
-    sys.stderr.write(f"qnext: {text}\n")
-    sys.stderr.flush()
+    """One remark on stderr about what is going on."""
+    _write_stderr("qnext: ", text)
 
 
 def print_error(error: QnextError) -> None:
-    """Two lines on stderr, after the engine's own last words when it had any."""
+    """What is wrong and what to try, on stderr, after the engine's own last words when it had any."""
     for line in getattr(error, "log_tail", ()):
         sys.stderr.write(f"  | {line}\n")
-    sys.stderr.write(f"error: {error.message}\n")
+    _write_stderr("error: ", error.message)
     if error.hint:
-        sys.stderr.write(f"  try: {error.hint}\n")
+        _write_stderr("  try: ", error.hint)
+
+
+def _write_stderr(label: str, text: str) -> None:
+    if sys.stderr.isatty():
+        import textwrap
+
+        lines = textwrap.wrap(
+            text,
+            width=max(_stderr_width(), 30),
+            initial_indent=label,
+            subsequent_indent=" " * len(label),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        sys.stderr.write("\n".join(lines or [label]) + "\n")
+    else:
+        sys.stderr.write(f"{label}{' '.join(text.split())}\n")
+    sys.stderr.flush()
+
+
+def _stderr_width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 @contextmanager
-def load_progress(label: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr for a share from 0 to 1; it shows itself only if the work takes a while."""
-    import time
+def progress_bar(label: str) -> Iterator[Progress]:
+    """A bar on stderr that shows itself once the work has taken half a second, and only in a terminal.
 
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    It turns up by a timer and not by the first update: the first sign of life of a slow machine can be a
+    minute away.
+    """
+    if not sys.stderr.isatty():
+        yield lambda share, label=None: None
+        return
+    import threading
 
-    console = stderr_console()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    # stdout is not Rich's to redirect: what is written there meanwhile is data.
+    bar = Bar(
+        *columns, TimeRemainingColumn(), console=stderr_console(), transient=True, redirect_stdout=False
     )
-    task = progress.add_task(label, total=1.0)
-    began = time.monotonic()
-    shown = False
+    task = bar.add_task(label, total=None)
 
-    def update(share: float) -> None:
-        nonlocal shown
-        if not shown and console.is_terminal and share < 1 and time.monotonic() - began > 0.5:
-            shown = True
-            progress.start()
-        progress.update(task, completed=share)
+    def move(share: float, label: str | None = None) -> None:
+        bar.update(task, completed=share, total=1.0, description=label)
 
+    timer = threading.Timer(PROGRESS_DELAY_S, bar.start)
+    timer.daemon = True
+    timer.start()
     try:
-        yield update
+        yield move
     finally:
-        if shown:
-            progress.stop()
+        timer.cancel()
+        timer.join()
+        bar.stop()

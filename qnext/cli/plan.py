@@ -6,27 +6,34 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags import PlanFlags, make_request, takes_plan_flags
+from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table
-from qnext.plan.values import Workload
 
 
 @takes_plan_flags
 def plan(
-    model: Annotated[str, typer.Argument(help="demo, or the path of a GGUF (any shard).")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
-    prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Prompt tokens planned for.")] = 512,
-    generate: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="Tokens generated.")] = 128,
-    depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="Tokens already in context.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    prompt: Annotated[
+        int, typer.Option("-p", "--n-prompt", min=0, metavar="TOKENS", help="Prompt to forecast for.")
+    ] = 512,
+    generate: Annotated[
+        int, typer.Option("-n", "--n-gen", min=0, metavar="TOKENS", help="Answer to forecast for.")
+    ] = 128,
+    depth: Annotated[
+        int,
+        typer.Option("-d", "--n-depth", min=0, metavar="TOKENS", help="Conversation that went before it."),
+    ] = 0,
+    json_output: Annotated[bool, typer.Option("--json", metavar="", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show where every tensor would go, what each device holds and how fast it should be.
+    """Show what goes where in memory, and how fast it should be. Nothing is loaded.
 
     Example: qnext plan model.gguf --vram 12G -c 65536
     """
     from qnext.config import find_paths
     from qnext.pipeline.planning import plan_model, require_fit
     from qnext.plan.plan import plan_to_dict
+    from qnext.plan.values import Workload
 
     request = make_request(model, flags, Workload(prompt, generate, depth))
     planned = plan_model(request, find_paths(), note)

@@ -7,38 +7,102 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli.flags import PlanFlags, make_request, takes_plan_flags
-from qnext.cli.output import load_progress, note, print_json, stderr_console
+from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
+from qnext.cli.output import note, print_json, progress_bar, stderr_console
 
 if TYPE_CHECKING:
     from qnext.pipeline.chat import ChatRun
 
+_SAMPLING = "Sampling (what is not given comes from the file)"
+
 
 @takes_plan_flags
 def run(
-    model: Annotated[str, typer.Argument(help="demo, or the path of a GGUF (any shard).")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this and exit; - reads standard input.")
+        str | None,
+        typer.Option(
+            "-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from standard input."
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Longest answer.")] = 4096,
-    temperature: Annotated[float | None, typer.Option("--temp", min=0, help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0, max=1, help="Nucleus share.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="Most likely tokens kept.")] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p", min=0, max=1, help="Smallest share.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the sampler.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt without chat template.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print answer and record as JSON.")] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "-sys",
+            "--system",
+            "--system-prompt",
+            metavar="TEXT",
+            help="Instructions before the first message.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option("-n", "--max-tokens", "--n-predict", min=1, metavar="TOKENS", help="Longest answer."),
+    ] = 4096,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", metavar="", help="Continue the prompt as it is, without chat template."),
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print answer and record as JSON.")
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temp",
+            min=0,
+            metavar="X",
+            help="0 always takes the likeliest token.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            min=0,
+            max=1,
+            metavar="X",
+            help="Likeliest tokens up to this share of probability.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            min=0,
+            metavar="N",
+            help="That many likeliest tokens; 0 is all.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            min=0,
+            max=1,
+            metavar="X",
+            help="Tokens at least this likely, relative to the likeliest.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "-s", "--seed", min=0, metavar="N", help="The same dice each time.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
 ) -> None:
-    """Chat with a model, or answer one --prompt, and compare forecast with measurement.
+    """Chat with a model, or answer one --prompt; forecast beside measurement.
 
     Example: qnext run demo --prompt "Hello"
     """
     from qnext.config import find_paths
     from qnext.errors import UsageError
     from qnext.pipeline.chat import ChatRun
-    from qnext.plan.values import Workload
 
     text = _prompt_text(prompt)
     if text is not None and not text.strip():
@@ -46,19 +110,24 @@ def run(
     if text is None and json_output:
         raise UsageError("--json needs a prompt", hint='Add --prompt "Hello", or pipe one in.')
     wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    request = make_request(model, flags, Workload())
-    with load_progress(f"loading {model}") as progress:
-        chat = ChatRun(
-            request,
-            find_paths(),
-            note,
-            progress,
-            command=sys.argv[1:],
-            system=system,
-            raw=raw,
-            max_tokens=max_tokens,
-            sampling={name: float(value) for name, value in wishes.items() if value is not None},
-        )
+    request = make_request(model, flags)
+    try:
+        with progress_bar(f"loading {model}") as show:
+            chat = ChatRun(
+                request,
+                find_paths(),
+                note,
+                show,
+                command=sys.argv[1:],
+                prompt=prompt,
+                system=system,
+                raw=raw,
+                max_tokens=max_tokens,
+                sampling={name: float(value) for name, value in wishes.items() if value is not None},
+            )
+    except KeyboardInterrupt:
+        note("the model was not loaded, so nothing was measured or stored")
+        raise
     with chat:
         if text is None:
             from qnext.cli.chat_loop import chat_loop
@@ -73,12 +142,20 @@ def _prompt_text(prompt: str | None) -> str | None:
     if prompt is not None and prompt != "-":
         return prompt
     if prompt == "-" or not sys.stdin.isatty():
-        return sys.stdin.read()
+        from qnext.errors import UsageError
+
+        try:
+            return sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"standard input is not text: {error.reason} at byte {error.start}",
+                hint="Pipe in plain text in UTF-8.",
+            ) from error
     return None
 
 
 def _answer_once(chat: ChatRun, text: str, json_output: bool) -> None:
-    from qnext.cli.chat_loop import stream_answer
+    from qnext.cli.answer import stream_answer, turn_warnings
     from qnext.report.record_view import run_view
     from qnext.store.record import record_to_dict
 
@@ -86,9 +163,16 @@ def _answer_once(chat: ChatRun, text: str, json_output: bool) -> None:
         from qnext.report.plan_view import plan_line
 
         note(plan_line(chat.model.planned.plan))
-    answer = stream_answer(chat, text, silent=json_output)
+    try:
+        turn = stream_answer(chat, text, silent=json_output)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        note(f"what was said so far is above; record {chat.record_id} is marked interrupted, without speeds")
+        raise
+    for warning in turn_warnings(turn, chat.max_tokens):
+        note(warning)
     record = chat.finish("ok")
     if json_output:
-        print_json({**record_to_dict(record), "text": answer.text, "thinking": answer.thinking or None})
-        return
-    stderr_console().print(run_view(record))
+        print_json({**record_to_dict(record), "text": turn.text, "thinking": turn.thinking or None})
+    else:
+        stderr_console().print(run_view(record))

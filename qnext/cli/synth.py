@@ -7,28 +7,40 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.output import load_progress, note, print_json
+from qnext.cli.output import note, print_json, progress_bar
 
 
 def synth(
-    shape: Annotated[str, typer.Argument(help="demo, qwen3-next-80b-a3b, gpt-oss-20b, tiny-qwen3moe, …")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
-    quant: Annotated[str, typer.Option("--quant", help="File type: Q4_K_M, Q8_0, BF16, …")] = "Q4_K_M",
-    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers instead of all.")] = None,
+    shape: Annotated[
+        str,
+        typer.Argument(metavar="SHAPE", help="demo, qwen3-next-80b-a3b, qwen3-30b-a3b, gpt-oss-20b, …"),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; it must not exist.")
+    ],
+    quant: Annotated[
+        str, typer.Option("--quant", metavar="TYPE", help="File type: Q4_K_M, Q8_0, BF16, …")
+    ] = "Q4_K_M",
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, metavar="N", help="So many layers instead of all.")
+    ] = None,
     header_only: Annotated[
-        bool, typer.Option("--header-only", help="Full size, sparse, no weights: for planning.")
+        bool,
+        typer.Option("--header-only", metavar="", help="Full size but sparse, no weights: for planning."),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random weights.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random weights.")] = 0,
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print what was written as JSON.")
+    ] = False,
 ) -> None:
-    """Write a GGUF of a real architecture with random weights, to plan and measure without a download.
+    """Write a model file of true shape with random weights, to plan and measure without a download.
 
     Example: qnext synth qwen3-next-80b-a3b --quant Q4_K_M --layers 8 -o slice.gguf
     """
     from qnext.pipeline.synthesis import write_model
     from qnext.units import format_bytes
 
-    with load_progress(f"writing {output.name}") as progress:
+    with progress_bar(f"writing {output.name}") as progress:
         report = write_model(
             shape,
             output,

@@ -7,17 +7,26 @@ from typing import Annotated
 import typer
 
 from qnext.cli.output import note
+from qnext.cli.verbose import Verbose
 
 
 def worker(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="TCP port.")] = 50052,
-    threads: Annotated[int, typer.Option("-t", "--threads", min=1, max=512, help="CPU threads.")] = 4,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, metavar="N", help="TCP port to listen on.")
+    ] = 50052,
+    threads: Annotated[
+        int, typer.Option("-t", "--threads", min=1, max=512, metavar="N", help="CPU threads to compute with.")
+    ] = 4,
     allow_network: Annotated[
-        bool, typer.Option("--allow-network", help="Let other machines in; there is no password.")
+        bool,
+        typer.Option("--allow-network", metavar="", help="Let other machines in; there is no password."),
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Lend this machine to another qnext as a llama.cpp RPC device, until Ctrl-C.
+    """Lend this machine's memory to qnext on another one, as a llama.cpp RPC device, until Ctrl-C.
 
     Example: qnext worker --port 50052
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qnext.errors import ModelError
 from qnext.models.header import ModelHeader
@@ -24,6 +24,17 @@ _SAMPLING_KEYS = {
     "top_p": "general.sampling.top_p",
     "min_p": "general.sampling.min_p",
 }
+_TEMPLATE_FAULTS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+"""What a template's own expressions may raise: it is a program, and not one of ours."""
+
 _LLAMA_DEFAULTS = {"temperature": 0.8, "top_k": 40.0, "top_p": 0.95, "min_p": 0.05}
 """What llama.cpp samples with when neither the file nor the user says otherwise."""
 
@@ -33,7 +44,8 @@ def sampling_defaults(header: ModelHeader) -> dict[str, float]:
     found = {}
     for name, key in _SAMPLING_KEYS.items():
         value = header.metadata.get(key)
-        found[name] = float(value) if isinstance(value, int | float) else _LLAMA_DEFAULTS[name]
+        given = isinstance(value, int | float) and not isinstance(value, bool)
+        found[name] = float(cast(float, value)) if given else _LLAMA_DEFAULTS[name]
     return found
 
 
@@ -64,9 +76,10 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise ModelError(
-                f"the model's chat template cannot be used: {error}",
+                f"the model's chat template cannot be used: {why}",
                 hint="Try --raw to send the prompt as it is, without a template.",
             ) from error
 
@@ -135,4 +148,4 @@ def _to_json(value: Any, **options: Any) -> str:
     """`tojson` without HTML escapes, as transformers has it."""
     import json
 
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(value, **{"ensure_ascii": False, **options})

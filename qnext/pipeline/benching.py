@@ -20,9 +20,10 @@ from qnext.store.results import ResultStore
 
 @dataclass(frozen=True, slots=True)
 class BenchWatch:
-    """What a caller may follow: load progress (0 to 1), each sample as it comes, each finished test."""
+    """What a caller may follow: load progress (0 to 1), the record's id once there is one, samples, tests."""
 
     on_load: Callable[[float], None] | None = None
+    on_start: Callable[[str], None] | None = None
     on_sample: Callable[[Scenario, int, int], None] | None = None
     on_test: Callable[[TestResult], None] | None = None
 
@@ -48,6 +49,8 @@ def run_bench(
     store = ResultStore(paths.results_db)
     with RunningModel(request, paths, notice, watch.on_load) as model:
         record = _start(model, store, tests, repetitions, command)
+        if watch.on_start is not None:
+            watch.on_start(record.id)
         warnings: list[str] = []
         try:
             for test in tests:
@@ -56,7 +59,7 @@ def run_bench(
                 store.add_test(record.id, result)
                 if watch.on_test is not None:
                     watch.on_test(result)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BrokenPipeError):
             store.finish(record.id, "interrupted", warnings=[*model.warnings, *warnings])
             raise
         except QnextError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Self
 
 from qnext.bench.names import Scenario
 from qnext.config import Paths
+from qnext.errors import QnextError
 from qnext.models.chat import chat_template, sampling_defaults
 from qnext.pipeline.conversation import Conversation, Piece, Turn
 from qnext.pipeline.recording import new_record, test_result
@@ -31,11 +32,13 @@ class ChatRun:
         on_progress: Callable[[float], None],
         *,
         command: Sequence[str],
+        prompt: str | None,
         system: str | None,
         raw: bool,
         max_tokens: int,
         sampling: dict[str, float],
     ) -> None:
+        self.max_tokens = max_tokens
         self.model = RunningModel(request, paths, notice, on_progress)
         self._notice = notice
         facts, header = self.model.opened.facts, self.model.planned.model.header
@@ -56,16 +59,21 @@ class ChatRun:
             self.model.build,
             "run",
             self.model.opened.allocated,
-            _without_text(command),
+            without_text(command, prompt, system),
             {},
         )
         self._store.start(self._record)
 
-    def say(self, text: str) -> Iterator[Piece]:
+    def say(self, text: str) -> Generator[Piece, None, None]:
         """Send one message; yields the answer as it streams and stores its speeds when it ends."""
         yield from self.conversation.say(text)
         for test in self._tests(self.conversation.turns[-1]):
             self._store.add_test(self._record.id, test)
+
+    @property
+    def record_id(self) -> str:
+        """Id under which this run is stored."""
+        return self._record.id
 
     def record(self) -> Record:
         """The record as stored so far."""
@@ -98,17 +106,28 @@ class ChatRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._finished:
-            interrupted = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit)
-            self.finish("interrupted" if interrupted else "failed", None if interrupted else str(error))
+            # A reader that left (`| head`) ends a run as Ctrl-C does: nothing about it went wrong.
+            stopped = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit | BrokenPipeError)
+            self.finish("interrupted" if stopped else "failed", None if stopped else _what_happened(error))
         self.model.close()
 
 
-def _without_text(command: Sequence[str]) -> list[str]:
-    """The command line without what was said: prompts are nobody's business but the user's."""
-    kept: list[str] = []
-    skip = False
-    for word in command:
-        hide = word.startswith(("--prompt=", "--system="))
-        kept.append("(text)" if skip else word.split("=")[0] + "=(text)" if hide else word)
-        skip = word in ("--prompt", "--system")
-    return kept
+def _what_happened(error: BaseException | None) -> str:
+    """The message of our own errors; of a bug only its type, since its message may quote what was said."""
+    return error.message if isinstance(error, QnextError) else type(error).__name__
+
+
+def without_text(command: Sequence[str], *texts: str | None) -> list[str]:
+    """The command line without what was said: prompts are nobody's business but the user's.
+
+    Hides every argument that is one of `texts`, or an option with one attached (`--prompt=…`, `-p…`).
+    """
+    hidden = [text for text in texts if text]
+
+    def clean(word: str) -> str:
+        for text in hidden:
+            if word == text or (word.startswith("-") and word.endswith(text)):
+                return word[: -len(text)] + "(text)"
+        return word
+
+    return [clean(word) for word in command]

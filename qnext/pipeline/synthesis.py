@@ -10,6 +10,7 @@ from typing import Any
 
 from qnext.engine.build import installed_build
 from qnext.engine.llama.quantize import quantise_rows
+from qnext.errors import ModelError, UsageError
 from qnext.models.gguf_reader import read_header
 from qnext.models.synth import make_demo
 from qnext.models.synth.synthesise import synthesise
@@ -25,8 +26,14 @@ def write_model(
     seed: int,
     on_progress: Callable[[float], None],
 ) -> dict[str, Any]:
-    """Write `shape` (or `demo`) to `output`; returns what was written as JSON values."""
+    """Write `shape` (or `demo`) to `output`, which must not exist; returns what was written."""
     if shape == "demo":
+        if layers is not None or header_only:
+            raise UsageError(
+                "the demo has one size only", hint="Leave out --layers and --header-only, or: tiny-qwen3next"
+            )
+        if output.exists():
+            raise ModelError(f"{output} exists already", hint="Choose another -o, or delete it first.")
         began = time.perf_counter_ns()
         make_demo(output)
         return {

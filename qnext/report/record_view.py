@@ -1,13 +1,14 @@
-"""Records for people: predicted, allocated and measured side by side."""
+"""Records for people: predicted, allocated and measured side by side, in 80 columns."""
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from qnext.pipeline.conversation import Turn
 from qnext.plan.plan import Plan
 from qnext.plan.values import DeviceMemory
-from qnext.report.words import digits, forecast, plural, speed
+from qnext.report.words import MEMORY_PARTS, digits, forecast, local_time, plural, speed, test_words
 from qnext.store.record import Record, TestResult
 from qnext.units import format_bytes
 
@@ -16,30 +17,35 @@ if TYPE_CHECKING:
 
     from rich.console import Group, RenderableType
 
+_LEGEND = "pp: prefill, reading the prompt. tg: decode, writing the answer. @ d: tokens already in context."
+
 
 def record_view(record: Record, *, samples: bool = False) -> Group:
     """One record: identity, tests with forecasts, memory; with `samples` every raw time."""
     from rich.console import Group
     from rich.text import Text
 
-    engine = record.identity.engine
+    engine, identity = record.identity.engine, record.identity
+    quant = f" {identity.quant}" if identity.quant else ""
     headline = Text.assemble(
-        (record.model_ref, "bold"),
-        f"  {record.identity.quant or ''}  {record.when}  ",
+        (f"{record.model_ref}{quant}", "bold"),
+        f", {local_time(record.when)}, ",
         (record.status, "green" if record.status == "ok" else "yellow"),
-        f"  id {record.id}",
+        f", record {record.id}",
     )
-    identity = Text(
-        f"{engine.name} {engine.version} (llama.cpp {engine.llama_commit or 'unknown'}), machine "
-        f"{record.identity.machine}, placement {record.identity.placement}",
-        style="dim",
-    )
-    parts: list[RenderableType] = [headline, identity, Text(), tests_table(record.tests), Text()]
+    commit = f", llama.cpp {engine.llama_commit}" if engine.llama_commit else ""
+    facts = [
+        f"engine {engine.name} {engine.version}{commit}",
+        f"machine {identity.machine}, placement {identity.placement}, file {identity.model_digest[:16]}",
+        "command " + shlex.join((record.command[0], *record.command[2:])) if record.command else "",
+    ]
+    parts: list[RenderableType] = [headline, *(Text(fact, style="dim") for fact in facts if fact), Text()]
+    if record.tests:
+        parts += [tests_table(record.tests), Text(_LEGEND, style="dim"), Text()]
     parts.append(memory_comparison(record.planned, record.allocated))
-    if samples:
-        for test in record.tests:
-            times = ", ".join(f"{ns / 1e6:.1f}" for ns in test.samples_ns)
-            parts.append(Text(f"{test.name} samples (ms): {times}"))
+    for test in record.tests if samples else ():
+        times = ", ".join(f"{ns / 1e6:.1f}" for ns in test.samples_ns)
+        parts.append(Text(f"{test.name} samples in ms: {times}"))
     if record.error:
         parts.append(Text(f"error: {record.error}", style="red"))
     parts += [Text(f"warning: {warning}", style="yellow") for warning in record.warnings]
@@ -47,18 +53,14 @@ def record_view(record: Record, *, samples: bool = False) -> Group:
 
 
 def run_view(record: Record) -> Group:
-    """After `qnext run`: the same tables, with where the record is kept."""
+    """After `qnext run` and for `/stats`: speeds and memory, with where the record is kept."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [
-        Text(),
-        tests_table(record.tests),
-        Text(),
-        memory_comparison(record.planned, record.allocated),
-    ]
+    parts: list[RenderableType] = [Text(), _answers_table(record.tests), Text()]
+    parts.append(memory_comparison(record.planned, record.allocated))
     parts += [Text(f"warning: {warning}", style="yellow") for warning in record.warnings]
-    parts.append(Text(f"recorded: qnext bench show {record.id}", style="dim"))
+    parts.append(Text(f"recorded; see it again with: qnext bench show {record.id}", style="dim"))
     return Group(*parts)
 
 
@@ -67,34 +69,52 @@ def tests_table(tests: Sequence[TestResult]) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("test", "measured", "low–high", "predicted", "RAM bandwidth"):
+    shares = any(test.bandwidth_share is not None for test in tests)
+    for title in ("test", "measured", "low–high", "predicted"):
         table.add_column(title, justify="left" if title == "test" else "right")
+    if shares:
+        table.add_column("of RAM's speed", justify="right")
     for test in tests:
         spread = f"{digits(test.low_tps)}–{digits(test.high_tps)}" if len(test.samples_ns) > 1 else "1 sample"
-        share = "–" if test.bandwidth_share is None else f"{test.bandwidth_share:.0%}"
-        table.add_row(test.name, speed(test.median_tps), spread, forecast(test.predicted_tps), share)
+        share = [_share(test)] if shares else []
+        table.add_row(test.name, speed(test.median_tps), spread, forecast(test.predicted_tps), *share)
     return table
 
 
-def memory_comparison(planned: Sequence[DeviceMemory], allocated: Sequence[DeviceMemory]) -> RenderableType:
-    """Planned against allocated bytes, part by part, for each device."""
+def _answers_table(tests: Sequence[TestResult]) -> RenderableType:
+    """The same for a conversation, where each test has one sample and words say more than `tg38 @ d62`."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("tokens (at depth)", "measured", "predicted"):
+        table.add_column(title, justify="left" if title.startswith("tokens") else "right")
+    for test in tests:
+        what = test_words(test.prompt, test.generate, test.depth)
+        table.add_row(what, speed(test.median_tps), forecast(test.predicted_tps))
+    return table
+
+
+def _share(test: TestResult) -> str:
+    return "–" if test.bandwidth_share is None else f"{test.bandwidth_share:.0%}"
+
+
+def memory_comparison(planned: Sequence[DeviceMemory], allocated: Sequence[DeviceMemory]) -> RenderableType:
+    """Planned beside allocated bytes: a row per part, two columns per device."""
+    from rich.table import Table
+
+    real = {device.name: device for device in allocated}
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("memory")
-    for title in ("weights", "KV", "state", "compute", "other", "total"):
-        table.add_column(title, justify="right")
-    for label, devices in (("planned", planned), ("allocated", allocated)):
-        for device in devices:
-            table.add_row(
-                f"{device.name} {label}",
-                format_bytes(device.weights_bytes),
-                format_bytes(device.kv_bytes),
-                format_bytes(device.recurrent_bytes),
-                format_bytes(device.compute_bytes),
-                format_bytes(device.other_bytes),
-                format_bytes(device.total_bytes),
-            )
+    for device in planned:
+        table.add_column(f"{device.name}\nplanned", justify="right")
+        table.add_column("\nallocated", justify="right")
+    for word, field in MEMORY_PARTS:
+        cells: list[str] = []
+        for device in planned:
+            there = real.get(device.name)
+            cells.append(format_bytes(getattr(device, field)))
+            cells.append("–" if there is None else format_bytes(getattr(there, field)))
+        table.add_row(word, *cells, style="bold" if word == "total" else None)
     return table
 
 
@@ -107,12 +127,12 @@ def test_line(test: TestResult) -> str:
 
 
 def turn_line(turn: Turn, plan: Plan) -> str:
-    """The line after an answer: prefill and decode, predicted against measured."""
+    """The line after an answer: prefill and decode, measured beside predicted."""
     fresh = turn.prompt_tokens - turn.cached_tokens
-    cached = f" (+{turn.cached_tokens} cached)" if turn.cached_tokens else ""
+    kept = f" ({turn.cached_tokens:,} more were still known)" if turn.cached_tokens else ""
     return (
-        f"prefill {fresh}{cached} tokens at {speed(turn.prefill_tps)}, predicted "
-        f"{forecast(plan.prediction.prefill_tps)}; decode {turn.generated} tokens at "
+        f"prefill {plural(fresh, 'token')}{kept}: {speed(turn.prefill_tps)}, predicted "
+        f"{forecast(plan.prediction.prefill_tps)}; decode {plural(turn.generated, 'token')}: "
         f"{speed(turn.decode_tps)}, predicted {forecast(plan.prediction.decode_tps)}"
     )
 
@@ -129,7 +149,7 @@ def history_view(records: Sequence[Record]) -> RenderableType:
             first = number == 0
             table.add_row(
                 record.id[:8] if first else "",
-                record.when[:16].replace("T", " ") if first else "",
+                local_time(record.when) if first else "",
                 record.model_ref.rsplit("/", 1)[-1] if first else "",
                 test.name if test else "–",
                 speed(test.median_tps) if test else "–",
