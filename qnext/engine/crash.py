@@ -15,16 +15,27 @@ from typing import Literal
 from qnext.errors import EngineError
 
 CrashKind = Literal[
-    "crash", "amx", "abort", "illegal", "killed", "hang", "rpc_lost", "refused", "missing", "exit"
+    "crash",
+    "amx",
+    "abort",
+    "illegal",
+    "killed",
+    "hang",
+    "rpc_lost",
+    "refused",
+    "missing",
+    "exit",
+    "ended",
 ]
+"""How it ended. `refused` and `missing`: alive, but it said no. `ended`: we had ended it before."""
 
-_RPC_LOST = re.compile(
-    r"RPC server|rpc.*(?:crash|disconnect|malformed|lost|closed)|Remote RPC", re.IGNORECASE
-)
+_RPC_LOST = re.compile(r"Remote RPC server crashed|RPC handshake failed for|Failed to connect to \S+:\d+")
+"""What ggml-rpc.cpp prints before it aborts."""
 _INTERESTING = re.compile(
     r"error|fail|assert|abort|cannot|unable|invalid|not enough|out of memory", re.IGNORECASE
 )
 TAIL_LINES = 6
+_TELLING_LINES = 3
 
 
 class EngineCrashError(EngineError):
@@ -50,9 +61,10 @@ def explain_exit(
 
 
 def interesting_tail(log: Sequence[str]) -> list[str]:
-    """The last few lines that say something about a failure, else simply the last few."""
-    telling = [line for line in log[-80:] if _INTERESTING.search(line)]
-    return list((telling or log)[-TAIL_LINES:])
+    """The last lines, after those shortly before them that speak of a failure."""
+    recent = [line for line in log if line.strip()]
+    earlier = [line for line in recent[-80:-TAIL_LINES] if _INTERESTING.search(line)]
+    return [*earlier[-_TELLING_LINES:], *recent[-TAIL_LINES:]]
 
 
 def _diagnose(
@@ -61,14 +73,8 @@ def _diagnose(
     if killed_for_hang is not None:
         return (
             "hang",
-            f"the engine gave no sign of life for {killed_for_hang:.0f} s and was ended",
+            f"the engine was ended because it gave no sign of life for {killed_for_hang:g} s",
             "Try again with a smaller --ubatch, or raise the limit with QNEXT_ENGINE_TIMEOUT.",
-        )
-    if any(_RPC_LOST.search(line) for line in log[-40:]):
-        return (
-            "rpc_lost",
-            "the RPC worker went away, and llama.cpp ends when that happens",
-            "Start the worker again (`qnext worker`), check the network, then repeat the command.",
         )
     if returncode >= 0:
         return (
@@ -80,17 +86,24 @@ def _diagnose(
         name = signal.Signals(-returncode).name
     except ValueError:
         name = f"signal {-returncode}"
+    if name == "SIGABRT" and any(_RPC_LOST.search(line) for line in log[-40:]):
+        return (
+            "rpc_lost",
+            "the engine ended itself because an RPC worker went away or cannot be reached",
+            "Start the worker again (`qnext worker`), check the network, then repeat the command.",
+        )
     if name == "SIGKILL":
         return (
             "killed",
-            "the engine was killed from outside, which is what the kernel does when memory runs out",
-            "Plan with less memory: --ram, a smaller --ctx-size or quant. `dmesg | tail` names the reason.",
+            "the engine was killed from outside (SIGKILL)",
+            "Plan with less memory (--ram, a smaller --ctx-size or quant): the kernel kills when it runs out,"
+            " as `dmesg | tail` tells.",
         )
     if name == "SIGILL":
         return (
             "illegal",
-            "the engine met an instruction this CPU does not have (SIGILL): it was built for another CPU",
-            "Build it for this one: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
+            "the engine met an instruction this CPU does not have (SIGILL)",
+            "Build it for this CPU: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
         )
     if name == "SIGABRT":
         return (
@@ -98,10 +111,18 @@ def _diagnose(
             "the engine stopped itself on a failed check (SIGABRT)",
             "Try another placement (for example without -ot overrides); the log lines above name the check.",
         )
+    if name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        return ("killed", f"someone ended the engine from outside ({name})", "Repeat the command.")
+    if name == "SIGBUS":
+        return (
+            "crash",
+            "the engine could not read memory that should be there (SIGBUS)",
+            "Check the model file and its disk, or use --load-mode none, which does not map it.",
+        )
     if amx_in_use:
         return (
             "amx",
-            f"the engine crashed ({name}) with weights in AMX buffers, a known fault of llama.cpp",
+            f"the engine crashed with weights in AMX buffers ({name}), a known fault of llama.cpp,",
             "Use --repack experts (expert weights in CPU_REPACK, nothing in AMX), or --repack off.",
         )
     return (

@@ -47,7 +47,8 @@ class DryRunner:
         entry = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
             return [BufferSize(*row) for row in json.loads(entry.read_text())]
-        if self._session is None:
+        if self._session is None or not self._session.alive:
+            self.close()
             self._session = EngineSession()
         sizes = read_buffer_sizes(self._session.dry_run(self._model, placement))
         write_atomically(entry, json.dumps([[size.buffer, size.part, size.bytes] for size in sizes]))

@@ -2,7 +2,8 @@
 
 llama.cpp repacks CPU weights by default, on CPUs with AMX into AMX buffers, and on some of those the first
 decode then dies (llama.cpp issue 20824). Whether it does here cannot be read anywhere, so a small model is
-run in a child for each layout, fastest first, and the first that gives the right text is remembered.
+run in a child for each layout, fastest first, and the first that gives the right text is remembered. A layout
+that failed for another reason (memory ran out, the machine was too busy) is passed over this time only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from qnext.engine.build import EngineBuild
 from qnext.engine.cache import write_atomically
+from qnext.engine.crash import EngineCrashError
 from qnext.engine.session import EngineSession
 from qnext.errors import EngineError
 from qnext.plan.options import RepackPolicy
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 PROBE_SILENCE_LIMIT_S = 30.0
 PROBE_TOKENS = 4
 ORDER: tuple[RepackPolicy, ...] = ("full", "experts", "off")
+LAYOUT_CRASHES = ("crash", "amx", "abort", "illegal")
+"""Ways of ending (`EngineCrashError.kind`) that a weight layout may be the cause of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +43,27 @@ class ProbeResult:
 def safe_repack_policy(
     model: Path, prompt: str, placements: Mapping[RepackPolicy, Placement], build: EngineBuild, entry: Path
 ) -> ProbeResult:
-    """The first layout of `ORDER` under which `model` answers `prompt` alive; cached in file `entry`.
+    """The first layout of `ORDER` under which the demo `model` says its words; cached in file `entry`.
 
     `placements` gives the placement of each layout. The prompt should be longer than one ubatch, so that
     both the matrix and the vector kernels run. Raises EngineError when no layout works at all.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(entry.read_text())
-        if known["build"] == build.digest:
-            return ProbeResult(known["policy"], known["failures"])
+        if known["build"] == build.digest and known["policy"] in ORDER:
+            return ProbeResult(known["policy"], dict(known["failures"]))
     failures: dict[str, str] = {}
+    proven = True
     for policy in ORDER:
         try:
             _run(model, prompt, placements[policy])
         except EngineError as error:
             logger.info("layout %s fails here: %s", policy, error.message)
             failures[policy] = error.message
+            proven = proven and (not isinstance(error, EngineCrashError) or error.kind in LAYOUT_CRASHES)
         else:
+            if not proven:
+                return ProbeResult(policy, failures)
             return remember_policy(entry, build, policy, failures)
     raise EngineError(
         f"the engine cannot run even a tiny model here: {failures[ORDER[-1]]}",
@@ -73,9 +81,13 @@ def remember_policy(
 
 
 def _run(model: Path, prompt: str, placement: Placement) -> None:
-    """Load, prefill and decode a little in a child of its own; raises EngineError if it dies."""
+    """Load, prefill and decode a little in a child of its own; raises EngineError if it dies or errs."""
+    from qnext.models.synth import DEMO_SENTENCE
+
     small = replace(placement, context=1024, batch=512, ubatch=512)
     with EngineSession(silence_limit_s=PROBE_SILENCE_LIMIT_S) as session:
         session.open(str(model), small)
-        for event in session.generate(prompt, max_tokens=PROBE_TOKENS, sampling={}):
-            logger.debug("probe: %s", event["event"])
+        events = session.generate(prompt, max_tokens=PROBE_TOKENS, sampling={})
+        text = "".join(str(event.get("text", "")) for event in events)
+    if not text or not DEMO_SENTENCE.startswith(text):
+        raise EngineError(f"the engine wrote '{text}' where '{DEMO_SENTENCE[: len(text) or 5]}' was right")

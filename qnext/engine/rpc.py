@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Self
 
@@ -41,20 +42,34 @@ class RpcWorker:
                 f"a worker on {host} is open to everyone who can reach it: the protocol has no password",
                 hint="Bind 127.0.0.1 and tunnel with ssh, or add --allow-network on a network you trust.",
             )
-        self.host, self.port = host, port or free_port()
-        if _is_listening(host, self.port):
+        self.host = LOOPBACK if host == "localhost" else host  # the engine wants digits
+        self.port = port or free_port()
+        if _is_listening(self.host, self.port):
             raise UsageError(
-                f"something else already listens on {host}:{self.port}", hint="Choose another --port."
+                f"something else already listens on {self.endpoint}", hint="Choose another --port."
             )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qnext.engine.llama.rpc_worker", host, str(self.port), str(threads)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "qnext.engine.llama.rpc_worker",
+                self.host,
+                str(self.port),
+                str(threads),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             env=child_environment(),
             start_new_session=True,
         )
-        self._await_listening()
+        try:
+            self._await_listening()
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def endpoint(self) -> str:
@@ -66,9 +81,13 @@ class RpcWorker:
         """Process id of the worker."""
         return self._process.pid
 
-    def wait(self) -> int:
-        """Block until the worker ends; returns its exit status."""
-        return self._process.wait()
+    def wait(self) -> None:
+        """Block until the worker ends, which it never does by itself: raises EngineError then."""
+        status = self._process.wait()
+        raise EngineError(
+            f"the RPC worker ended with status {status}{self._last_words()}",
+            hint="Start it again; if it ends again, look for lack of memory with `dmesg | tail`.",
+        )
 
     def kill(self) -> None:
         """End the worker at once."""
@@ -76,20 +95,27 @@ class RpcWorker:
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        self._errors.close()
 
     def _await_listening(self) -> None:
         deadline = time.monotonic() + _START_LIMIT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise EngineError(
-                    f"the RPC worker ended at once with status {self._process.returncode}",
-                    hint="The engine may lack RPC: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
+                    f"the RPC worker on {self.endpoint} ended at once{self._last_words()}",
+                    hint="Use an address of this machine and a free --port; an engine without RPC needs"
+                    " QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
                 )
             if _is_listening(self.host, self.port):
                 return
             time.sleep(0.02)
-        self.kill()
         raise EngineError("the RPC worker did not start listening", hint="Try another --port.")
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return f": {said[-1]}" if said else ""
 
     def __enter__(self) -> Self:
         return self
@@ -101,4 +127,7 @@ class RpcWorker:
 def _is_listening(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        return probe.connect_ex((host, port)) == 0
+        try:
+            return probe.connect_ex((host, port)) == 0
+        except OSError:  # a host name that nothing resolves
+            return False

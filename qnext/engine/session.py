@@ -1,7 +1,8 @@
 """A session on the engine: one child process, its messages, its log, and its end.
 
 The parent never loads native code. It waits for messages with a deadline that every sign of life renews,
-keeps the last lines of the child's log, and turns any way of dying into one explained error.
+keeps the last lines of the child's log, and turns any way of dying into one explained error. Three threads do
+the blocking: one writes requests (a stopped child does not read them), one reads answers, one the log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,20 +22,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, BinaryIO, Self, cast
 
-from qnext.engine.crash import EngineCrashError, explain_exit
-from qnext.engine.protocol import LOG_MARK, Message, read_message, write_message
-from qnext.errors import EngineError
+from qnext.engine.crash import EngineCrashError, explain_exit, interesting_tail
+from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
+from qnext.errors import EngineError, UsageError
 from qnext.plan.values import Placement
 
 logger = logging.getLogger(__name__)
 
 LOG_LINES_KEPT = 2000
+LOG_LINE_BYTES = 4096
+"""Longer lines are cut in pieces, so that a child that floods its log cannot fill our memory."""
 DEFAULT_SILENCE_LIMIT_S = 600.0
 CANCEL_GRACE_S = 0.7
 """How long a cancelled operation may take to come back before the child is ended: Ctrl-C acts within 1 s."""
 
 _TIMED_OUT = object()
 _ENDED = object()
+_FINAL = ("done", "failed", "cancelled")
 
 
 class EngineSession:
@@ -41,35 +46,49 @@ class EngineSession:
 
     `environment` entries are added to the child's environment; `LLAMA_ARG_*` never reaches it.
     `silence_limit_s` ends a child that sends nothing for that long while it works (default 600, or
-    QNEXT_ENGINE_TIMEOUT).
+    QNEXT_ENGINE_TIMEOUT). One request at a time: an answer that streams must be read to its end or closed
+    before the next request. Raises EngineError when the child cannot be started.
     """
 
     def __init__(
         self, *, environment: dict[str, str] | None = None, silence_limit_s: float | None = None
     ) -> None:
-        if silence_limit_s is None:
-            silence_limit_s = float(os.environ.get("QNEXT_ENGINE_TIMEOUT", DEFAULT_SILENCE_LIMIT_S))
-        self._silence_limit_s = silence_limit_s
+        self._silence_limit_s = _silence_limit() if silence_limit_s is None else silence_limit_s
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._log_changed = threading.Condition()
+        self._log_ended = False
         self._mark_seen = 0
-        self._mark_condition = threading.Condition()
-        self._inbox: queue.Queue[object] = queue.Queue()
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._amx_in_use = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "qnext.engine.llama.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**child_environment(), **(environment or {})},
-            start_new_session=True,
-        )
+        self._busy = False
+        self._ended_because: str | None = None
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "qnext.engine.llama.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**child_environment(), **(environment or {})},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(
+                f"the engine's process cannot be started: {error.strerror}",
+                hint="Free memory, or raise the limit on processes (ulimit -u), then try again.",
+            ) from error
         self._threads = [
-            threading.Thread(target=self._read_messages, daemon=True),
-            threading.Thread(target=self._read_log, daemon=True),
+            threading.Thread(target=target, daemon=True)
+            for target in (self._read_messages, self._read_log, self._write_requests)
         ]
         for thread in self._threads:
             thread.start()
-        self._expect("starting", only="ready")
+        try:
+            self._expect("starting", only="ready")
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -78,8 +97,9 @@ class EngineSession:
 
     @property
     def log(self) -> tuple[str, ...]:
-        """The last lines of the engine's log."""
-        return tuple(self._log)
+        """The last lines of the engine's log, up to the latest answer at least."""
+        with self._log_changed:
+            return tuple(self._log)
 
     @property
     def alive(self) -> bool:
@@ -99,7 +119,7 @@ class EngineSession:
         on_progress: Callable[[float], None] | None = None,
     ) -> Message:
         """Load `model` as placed. `on_progress` gets the share loaded, 0 to 1. Returns the active sizes."""
-        self._log.clear()
+        self._forget_log()
         request: Message = {
             "op": "open",
             "model": model,
@@ -110,9 +130,9 @@ class EngineSession:
 
     def dry_run(self, model: str, placement: Placement) -> list[str]:
         """Simulate the allocation without reading weights; returns the log lines that state it."""
-        self._log.clear()
+        self._forget_log()
         self._request("planning memory", {"op": "dry_run", "model": model, "placement": asdict(placement)})
-        return list(self._log)
+        return list(self.log)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, control tokens recognised."""
@@ -140,34 +160,19 @@ class EngineSession:
         }
         yield from self._run("benchmarking", request)
 
-    def cancel(self) -> bool:
-        """Stop the running operation. True if the child obeyed in time, False if it had to be ended."""
-        with contextlib.suppress(OSError, ValueError):
-            self._send({"op": "cancel"})
-        deadline = time.monotonic() + CANCEL_GRACE_S
-        while (remaining := deadline - time.monotonic()) > 0:
-            message = self._next_message(remaining)
-            if message is _ENDED:
-                return False
-            if isinstance(message, dict) and message["event"] in ("cancelled", "done", "failed"):
-                return True
-        self.kill()
-        return False
-
     def close(self) -> None:
         """End the child: closing its input is the request, killing it the guarantee."""
-        with contextlib.suppress(OSError):
-            cast(BinaryIO, self._process.stdin).close()
+        self._ended_because = self._ended_because or "it was closed"
+        self._outbox.put(None)
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self.kill()
-        self._finish_reading()
+        self._finish_threads()
 
     def kill(self) -> None:
         """End the child at once."""
-        self._process.kill()
-        self._process.wait()
+        self._end("it was ended")
 
     def __enter__(self) -> Self:
         return self
@@ -192,91 +197,150 @@ class EngineSession:
 
         Abandoning the iterator early (Ctrl-C included) cancels the operation.
         """
+        if self._busy:
+            raise RuntimeError("the request before this one was neither read to its end nor closed")
+        if not self.alive:
+            raise self._death(doing)
+        self._busy, finished = True, False
         try:
-            self._send(request)
-        except (OSError, ValueError):
-            raise self._death(doing) from None
-        finished = False
-        try:
+            self._outbox.put(frame(request))
             while not finished:
                 message = self._expect(doing)
-                finished = message["event"] in ("done", "failed", "cancelled")
+                if message["event"] == "alive":
+                    continue
+                finished = message["event"] in _FINAL
                 if message["event"] == "failed":
-                    raise EngineCrashError(
-                        str(message["message"]),
-                        hint=_HINTS.get(
-                            str(message["kind"]), "Run the command again with -v to see the engine's log."
-                        ),
-                        kind="missing" if message["kind"] == "missing" else "refused",
-                        log_tail=self.log[-6:],
-                    )
+                    raise self._refusal(message)
                 yield message
         except EngineError:
             finished = True
             raise
         finally:
-            if not finished and self.alive:
-                self.cancel()
+            if not finished:
+                self._cancel()
+            self._busy = False
+
+    def _cancel(self) -> None:
+        """Stop the running operation; a child that does not obey in time is ended."""
+        obeyed = False
+        try:
+            self._outbox.put(frame({"op": "cancel"}))
+            deadline = time.monotonic() + CANCEL_GRACE_S
+            while not obeyed and (remaining := deadline - time.monotonic()) > 0:
+                message = self._next_message(remaining)
+                if message is _ENDED:
+                    return
+                if isinstance(message, dict) and message["event"] in _FINAL:
+                    self._wait_for_log(message)
+                    obeyed = True
+        finally:
+            if not obeyed:
+                self._end("it did not stop when asked")
 
     def _expect(self, doing: str, *, only: str | None = None) -> Message:
         message = self._next_message(self._silence_limit_s)
         if message is _TIMED_OUT:
-            self.kill()
-            self._finish_reading()
-            raise explain_exit(-9, self.log, doing=doing, killed_for_hang=self._silence_limit_s)
+            self._end("it gave no sign of life")
+            self._finish_threads()
+            raise explain_exit(-signal.SIGKILL, self.log, doing=doing, killed_for_hang=self._silence_limit_s)
         if message is _ENDED or not isinstance(message, dict):
             raise self._death(doing)
         if only is not None and message["event"] != only:
             raise EngineError(f"the engine answered '{message['event']}' while {doing}")
-        if "mark" in message:
-            self._wait_for_log(cast(int, message["mark"]))
+        self._wait_for_log(message)
         return message
 
     def _next_message(self, timeout_s: float) -> object:
         try:
-            return self._inbox.get(timeout=timeout_s)
+            message = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             return _TIMED_OUT
+        if message is _ENDED:
+            self._inbox.put(_ENDED)  # whoever asks next must hear it too
+        return message
 
-    def _send(self, request: Message) -> None:
-        write_message(cast(BinaryIO, self._process.stdin), request)
+    def _end(self, because: str) -> None:
+        self._ended_because = self._ended_because or because
+        self._process.kill()
+        self._process.wait()
 
     def _death(self, doing: str) -> EngineCrashError:
         """The explained error for a child whose stream ended."""
         try:
             returncode = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self.kill()
-            returncode = -9
-        self._finish_reading()
+            self._end("it closed its output but lived on")
+        self._finish_threads()
+        if self._ended_because is not None:
+            return EngineCrashError(
+                f"the engine is not running any more ({self._ended_because}), needed for {doing}",
+                hint="Open the model again.",
+                kind="ended",
+                log_tail=interesting_tail(self.log),
+            )
         return explain_exit(returncode, self.log, doing=doing, amx_in_use=self._amx_in_use)
 
-    # --- reading threads ------------------------------------------------------------------------------
+    def _refusal(self, message: Message) -> EngineCrashError:
+        """The error for a request that llama.cpp answered with no, without dying."""
+        kind = str(message["kind"])
+        return EngineCrashError(
+            str(message["message"]),
+            hint=_HINTS.get(kind, "Run the command again with -v to see the engine's log."),
+            kind="missing" if kind == "missing" else "refused",
+            log_tail=interesting_tail(self.log) if kind in _LOG_TELLS else (),
+        )
+
+    # --- threads --------------------------------------------------------------------------------------
+
+    def _write_requests(self) -> None:
+        stream = cast(BinaryIO, self._process.stdin)
+        with contextlib.suppress(OSError, ValueError):  # a dead child shows itself where answers are read
+            while (request := self._outbox.get()) is not None:
+                write_frame(stream, request)
+        with contextlib.suppress(OSError):
+            stream.close()
 
     def _read_messages(self) -> None:
         stream = cast(BinaryIO, self._process.stdout)
-        while (message := read_message(stream)) is not None:
-            self._inbox.put(message)
-        self._inbox.put(_ENDED)
+        try:
+            while (message := read_message(stream)) is not None:
+                self._inbox.put(message)
+        except ValueError as error:
+            logger.warning("the engine sent %s", error)
+        finally:
+            self._inbox.put(_ENDED)
 
     def _read_log(self) -> None:
-        for raw in cast(BinaryIO, self._process.stderr):
-            line = raw.decode(errors="replace").rstrip("\n")
-            if line.startswith(LOG_MARK):
-                with self._mark_condition:
-                    self._mark_seen = int(line[1:])
-                    self._mark_condition.notify_all()
-                continue
-            if _AMX_BUFFER.search(line):
+        stream = cast(BinaryIO, self._process.stderr)
+        while raw := stream.readline(LOG_LINE_BYTES):
+            # A mark stands alone on its line unless native code left a line unfinished before it.
+            text, mark, number = raw.decode(errors="replace").rstrip("\r\n").partition(LOG_MARK)
+            with self._log_changed:
+                if not text.startswith(_NOISE) and (text or not mark):
+                    self._log.append(text)
+                if mark and number.isdigit():
+                    self._mark_seen = int(number)
+                    self._log_changed.notify_all()
+            if _AMX_BUFFER.search(text):
                 self._amx_in_use = True
-            self._log.append(line)
-            logger.debug("engine: %s", line)
+            logger.debug("engine: %s", text)
+        with self._log_changed:
+            self._log_ended = True
+            self._log_changed.notify_all()
 
-    def _wait_for_log(self, mark: int) -> None:
-        with self._mark_condition:
-            self._mark_condition.wait_for(lambda: self._mark_seen >= mark, timeout=2)
+    def _wait_for_log(self, message: Message) -> None:
+        """Wait until everything logged before `message` is here."""
+        mark = cast(int, message.get("mark", 0))
+        with self._log_changed:
+            self._log_changed.wait_for(lambda: self._mark_seen >= mark or self._log_ended, timeout=2)
 
-    def _finish_reading(self) -> None:
+    def _forget_log(self) -> None:
+        with self._log_changed:
+            self._log.clear()
+        self._amx_in_use = False
+
+    def _finish_threads(self) -> None:
+        self._outbox.put(None)
         for thread in self._threads:
             thread.join(timeout=2)
         for stream in (self._process.stdout, self._process.stderr):
@@ -284,22 +348,50 @@ class EngineSession:
                 stream.close()
 
 
+_NOISE = ("llama_graph_n_input_tensors:", "create_tensor: loading tensor")
+"""Debug lines by the thousand that would push out of the ring what is read from it."""
+
 _AMX_BUFFER = re.compile(r"\bAMX model buffer size")
 
 _HINTS = {
     "missing": "Install the engine: ./scripts/qnext sets it up, or pip install 'qnext[engine]'.",
     "load": "The engine's last log lines above say why; `qnext plan` checks the file and the memory.",
+    "device": "Check -ot, --rpc and --device-memory against what this engine has.",
     "context": "Not enough memory for it: try a smaller --ctx-size or --ubatch, or -ctk q8_0 -ctv q8_0.",
     "context_full": "Start afresh with /reset, or give more room with --ctx-size.",
 }
 
+_LOG_TELLS = ("load", "context", "decode")
+
+
+def _silence_limit() -> float:
+    """Seconds of QNEXT_ENGINE_TIMEOUT, or the default. Raises UsageError when it is no positive number."""
+    text = os.environ.get("QNEXT_ENGINE_TIMEOUT", "")
+    if not text.strip():
+        return DEFAULT_SILENCE_LIMIT_S
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit <= threading.TIMEOUT_MAX:
+        raise UsageError(
+            f"QNEXT_ENGINE_TIMEOUT is '{text}', not a number of seconds",
+            hint=f"Leave it out ({DEFAULT_SILENCE_LIMIT_S:.0f} s), or set it like QNEXT_ENGINE_TIMEOUT=1800.",
+        )
+    return limit
+
 
 def child_environment() -> dict[str, str]:
-    """Environment for an engine child: ours without LLAMA_ARG_*, and with the same qnext importable."""
+    """Environment for an engine child: ours without LLAMA_ARG_*, and with the same qnext importable.
+
+    ggml's backtrace on abort is off unless asked for: it starts a debugger, which delays the end by seconds
+    and outlives it.
+    """
     import qnext
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(qnext.__file__)))  # noqa: PTH100, PTH120
     known = os.environ.get("PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else root
+    environment.setdefault("GGML_NO_BACKTRACE", "1")
     return environment

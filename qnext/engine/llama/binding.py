@@ -21,8 +21,16 @@ DEVICE_KINDS = {0: "host", 1: "gpu", 2: "igpu", 3: "accel"}
 """ggml_backend_dev_type by value."""
 
 
-class EngineMissingError(RuntimeError):
-    """llama-cpp-python is not installed, or lacks what was asked of it."""
+class EngineFailure(Exception):
+    """The engine said no without dying. `kind` is for programs, the text for people.
+
+    `missing`: llama-cpp-python or a part of it is not installed. `device`: it has no such device or buffer
+    type. The other kinds are those of `qnext.engine.llama.runtime`.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +49,11 @@ class EngineDevice:
 
 @cache
 def llama() -> Any:
-    """The low-level binding module `llama_cpp.llama_cpp`. Raises EngineMissingError."""
+    """The low-level binding module `llama_cpp.llama_cpp`. Raises EngineFailure."""
     if "llama_cpp" not in sys.modules:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None or spec.submodule_search_locations is None:
-            raise EngineMissingError("llama-cpp-python is not installed")
+            raise EngineFailure("missing", "llama-cpp-python is not installed")
         package = types.ModuleType("llama_cpp")
         package.__path__ = list(spec.submodule_search_locations)
         package.__spec__ = spec
@@ -66,7 +74,7 @@ def _library(name: str) -> ctypes.CDLL:
         path = library_folder() / pattern
         if path.exists():
             return ctypes.CDLL(str(path))
-    raise EngineMissingError(f"this engine build has no {name}")
+    raise EngineFailure("missing", f"this engine build has no {name}")
 
 
 _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
@@ -111,15 +119,22 @@ def ggml(function: str) -> Any:
 
 
 def add_rpc_servers(endpoints: tuple[str, ...]) -> None:
-    """Register each `host:port` so that it shows up as device `RPC<i>`. Raises EngineMissingError.
+    """Register each `host:port` so that it shows up as device `RPC<i>`. Raises EngineFailure.
 
-    A worker that does not answer ends the process in some releases: the parent explains that.
+    A worker that does not answer ends the process: the parent explains that.
     """
     for endpoint in endpoints:
+        if endpoint in _registered:
+            continue
         registry = ggml("ggml_backend_rpc_add_server")(endpoint.encode())
         if not registry:
-            raise EngineMissingError(f"RPC worker {endpoint} does not answer")
+            raise EngineFailure("device", f"RPC worker {endpoint} offers no device")
         ggml("ggml_backend_register")(registry)
+        _registered.add(endpoint)
+
+
+_registered: set[str] = set()
+"""Endpoints added so far; a second time would list their devices twice."""
 
 
 def list_devices() -> list[EngineDevice]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from qnext.engine.llama.binding import EngineMissingError, buffer_types, ggml, llama
+from qnext.engine.llama.binding import EngineFailure, buffer_types, ggml, llama
 from qnext.plan.values import Placement
 
 LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
@@ -65,7 +65,7 @@ class ModelParams:
         for index, name in enumerate(placement.devices):
             handle = ggml("ggml_backend_dev_by_name")(name.encode())
             if not handle:
-                raise EngineMissingError(f"the engine has no device named {name}")
+                raise EngineFailure("device", f"the engine has no device named {name}")
             array[index] = handle
         return array
 
@@ -75,8 +75,9 @@ class ModelParams:
         array = (_BufferOverride * (len(placement.overrides) + 1))()
         for index, override in enumerate(placement.overrides):
             if override.buffer not in known:
-                raise EngineMissingError(
-                    f"the engine has no buffer type '{override.buffer}'; it has {', '.join(sorted(known))}"
+                raise EngineFailure(
+                    "device",
+                    f"the engine has no buffer type '{override.buffer}'; it has {', '.join(sorted(known))}",
                 )
             array[index].pattern = override.pattern.encode()
             array[index].buft = known[override.buffer]

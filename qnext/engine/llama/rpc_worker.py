@@ -16,13 +16,14 @@ from qnext.engine.llama import binding
 
 
 def main() -> None:
-    """Serve the first device of the CPU backend; never returns."""
+    """Serve the CPU device. Returns, with an error on standard error, only when the port cannot be had."""
     host, port, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     binding.llama().llama_backend_init()
-    device = binding.list_devices()[-1].handle
-    devices = (ctypes.c_void_p * 1)(device)
+    cpu = next(device for device in binding.list_devices() if device.kind == "host")
+    devices = (ctypes.c_void_p * 1)(cpu.handle)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     binding.ggml("ggml_backend_rpc_start_server")(f"{host}:{port}".encode(), None, threads, 1, devices)
+    sys.exit(1)
 
 
 def _end_with_parent() -> None:

@@ -5,8 +5,8 @@ Every operation takes and returns plain JSON values. Nothing in here decides pla
 
 from __future__ import annotations
 
-import codecs
 import ctypes
+import os
 import random
 import threading
 import time
@@ -15,23 +15,22 @@ from dataclasses import asdict
 from typing import Any
 
 from qnext.engine.llama import binding
+from qnext.engine.llama.binding import EngineFailure
+from qnext.engine.llama.memory import ContextMemory
 from qnext.engine.llama.params import ModelParams, context_params
+from qnext.engine.llama.sampling import sampler_chain
+from qnext.engine.llama.text import TextStream
 from qnext.engine.protocol import Message
 from qnext.plan.values import Override, Placement
+
+SIGN_OF_LIFE_S = 5.0
+"""A long operation that has nothing to say says so this often, or the parent would take it for hung."""
 
 Stream = Callable[..., None]
 
 
 class Cancelled(Exception):
     """The parent asked for the running operation to stop."""
-
-
-class EngineFailure(Exception):
-    """llama.cpp said no without dying. `kind` is for programs, the text for people."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def placement_from_message(fields: dict[str, Any]) -> Placement:
@@ -53,16 +52,16 @@ class Runtime:
         self._model: Any = None
         self._vocab: Any = None
         self._context: Any = None
-        self._threadpool: int = 0
         self._placement: Placement | None = None
-        self._context_tokens: list[int] = []
+        self._context_size: int | None = None
+        self._memory: ContextMemory | None = None
+        self._last_sign = 0.0
         self._backend_ready = False
         self._keep_alive: list[object] = []
 
     def handle(self, request: Message) -> dict[str, Any]:
-        """Run one request; its `op` names the method. Raises Cancelled, EngineFailure, EngineMissingError."""
-        self.cancel_requested.clear()
-        self._abort_flag[0] = b"\0"
+        """Run one request; its `op` names the method. Raises Cancelled or EngineFailure."""
+        self._last_sign = time.monotonic()
         operations: dict[str, Callable[..., dict[str, Any]]] = {
             "describe": self.describe,
             "open": self.open,
@@ -104,6 +103,7 @@ class Runtime:
         """Load `model` and make a context. Streams `progress` events with a share from 0 to 1."""
         started = time.perf_counter_ns()
         self._load(model, placement_from_message(placement), no_alloc=False)
+        self._context_size = context
         self._make_context(context)
         lib = binding.llama()
         return {
@@ -133,12 +133,7 @@ class Runtime:
     def close(self) -> dict[str, Any]:
         """Free context and model."""
         lib = binding.llama()
-        if self._context is not None:
-            lib.llama_free(self._context)
-            self._context = None
-        if self._threadpool:
-            binding.free_threadpool(self._threadpool)
-            self._threadpool = 0
+        self._free_context()
         if self._model is not None:
             lib.llama_model_free(self._model)
             self._model = None
@@ -151,7 +146,7 @@ class Runtime:
         report = lib.llama_progress_callback(self._report_progress)
         parameters.struct.progress_callback = report
         self._keep_alive = [parameters, report]
-        self._model = lib.llama_model_load_from_file(model.encode(), parameters.struct)
+        self._model = lib.llama_model_load_from_file(os.fsencode(model), parameters.struct)
         if not self._model:
             self._model = None
             if self.cancel_requested.is_set():
@@ -164,21 +159,23 @@ class Runtime:
         self._stream("progress", share=share)
         return not self.cancel_requested.is_set()
 
+    def _free_context(self) -> None:
+        if self._context is not None:
+            binding.llama().llama_free(self._context)
+        self._context = self._memory = None
+
     def _make_context(self, context: int | None) -> None:
         lib = binding.llama()
         assert self._placement is not None
-        if self._context is not None:
-            lib.llama_free(self._context)
-        self._context = lib.llama_init_from_model(
-            self._model, context_params(self._placement, context=context)
-        )
-        self._context_tokens = []
-        if not self._context:
-            self._context = None
+        self._free_context()
+        parameters = context_params(self._placement, context=context)
+        self._context = lib.llama_init_from_model(self._model, parameters) or None
+        if self._context is None:
             raise EngineFailure("context", "llama.cpp could not allocate the context")
+        self._memory = ContextMemory(self._model, self._context, swa_full=self._placement.swa_full)
         # libc's strlen over a one-byte flag is the abort callback: llama.cpp asks once per graph node, and
-        # strlen answers "is the flag set?" without entering Python.
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+        # strlen answers "is the flag set?" without entering Python and waiting for its lock.
+        strlen = ctypes.cast(_libc().strlen, lib.ggml_abort_callback)
         lib.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort_flag, ctypes.c_void_p))
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> dict[str, Any]:
@@ -187,7 +184,8 @@ class Runtime:
 
     def _tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
         lib = binding.llama()
-        raw = text.encode()
+        self._require_model()
+        raw = text.encode(errors="replace")
         size = len(raw) + 8
         array = (lib.llama_token * size)()
         count = lib.llama_tokenize(self._vocab, raw, len(raw), array, size, add_bos, special)
@@ -211,19 +209,22 @@ class Runtime:
         """
         lib = binding.llama()
         tokens = self._tokenize(text, special=True, add_bos=bool(lib.llama_vocab_get_add_bos(self._vocab)))
+        memory = self._ready_memory()
         limit = lib.llama_n_ctx_seq(self._context)
-        if len(tokens) >= limit:
+        if not tokens:
+            raise EngineFailure("empty", "the prompt is empty")
+        if len(tokens) > limit:
             raise EngineFailure(
                 "context_full", f"the conversation is {len(tokens)} tokens long, the context {limit}"
             )
-        cached = self._reuse_context(tokens)
         started = time.perf_counter_ns()
+        cached = memory.keep_common(tokens)
         self._prefill(tokens, cached)
         prefill_ns = time.perf_counter_ns() - started
-        chain = _sampler_chain(sampling)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        generated, reason, written = 0, "length", ""
-        room = min(max_tokens, limit - len(tokens))
+        chain = sampler_chain(sampling)
+        shown = TextStream(stop or ())
+        generated, reason = 0, "length"
+        room = min(max_tokens, limit - len(tokens) + 1)  # the last token is sampled, not evaluated
         started = last = time.perf_counter_ns()
         try:
             while generated < room:
@@ -232,10 +233,8 @@ class Runtime:
                 if lib.llama_vocab_is_eog(self._vocab, token) and not ignore_eos:
                     reason = "eos"
                     break
-                piece = decoder.decode(self._piece(token))
-                written += piece
-                self._stream("token", text=piece, id=token)
-                if stop and any(mark in written for mark in stop):
+                self._stream("token", text=shown.feed(self._piece(token)), id=token)
+                if shown.stopped:
                     reason = "stop"
                     break
                 if generated == room:
@@ -245,61 +244,65 @@ class Runtime:
                 last = time.perf_counter_ns()
         finally:
             lib.llama_sampler_free(chain)
+        if not shown.stopped and (rest := shown.feed(b"", final=True)):
+            self._stream("token", text=rest, id=None)
         return {
             "prompt_tokens": len(tokens),
             "cached_tokens": cached,
             "generated": generated,
             "prefill_ns": prefill_ns,
             "decode_ns": last - started,
-            "decodes": len(self._context_tokens) - len(tokens),
+            "decodes": len(memory.tokens) - len(tokens),
             "stop_reason": reason,
         }
 
-    def _reuse_context(self, tokens: list[int]) -> int:
-        """Keep what the context already holds of `tokens`; returns how many stay (at least one is re-run).
+    def _require_model(self) -> None:
+        if self._model is None:
+            raise EngineFailure("not_open", "no model is open")
 
-        A hybrid model's recurrent state cannot be rolled back, so `seq_rm` refuses there unless the old
-        tokens are a whole prefix of the new ones; then everything is evaluated again.
-        """
-        memory = binding.llama().llama_get_memory(self._context)
-        common = 0
-        for old, new in zip(self._context_tokens, tokens, strict=False):
-            if old != new:
-                break
-            common += 1
-        common = min(common, len(tokens) - 1)
-        if common < len(self._context_tokens) and not (
-            common > 0 and binding.llama().llama_memory_seq_rm(memory, 0, common, -1)
-        ):
-            binding.llama().llama_memory_clear(memory, True)
-            common = 0
-        self._context_tokens = tokens[:common]
-        return common
+    def _ready_memory(self) -> ContextMemory:
+        """The context's memory; a benchmark before this has freed the context, so make it again."""
+        self._require_model()
+        if self._memory is None:
+            self._make_context(self._context_size)
+        assert self._memory is not None
+        return self._memory
 
     def _prefill(self, tokens: list[int], start: int) -> None:
-        lib = binding.llama()
-        assert self._placement is not None
-        step = self._placement.batch
-        for index in range(start, len(tokens), step):
-            self._decode(tokens[index : index + step])
-            lib.llama_synchronize(self._context)
-            self._stream("prefill", done=min(index + step, len(tokens)) - start, total=len(tokens) - start)
+        assert self._placement is not None and self._memory is not None
+        pause = self._memory.checkpoint_position(len(tokens))
+        position = start
+        while position < len(tokens):
+            end = min(position + self._placement.batch, len(tokens))
+            if pause is not None and position < pause < end:
+                end = pause
+            self._decode(tokens[position:end])
+            binding.llama().llama_synchronize(self._context)
+            if end == pause:
+                self._memory.save()
+            position = end
+            self._stream("prefill", done=position - start, total=len(tokens) - start)
 
     def _decode(self, tokens: list[int]) -> None:
         lib = binding.llama()
+        assert self._memory is not None
         if self.cancel_requested.is_set():
             raise Cancelled
         array = (lib.llama_token * len(tokens))(*tokens)
         status = lib.llama_decode(self._context, lib.llama_batch_get_one(array, len(tokens)))
-        if status == 2 or self.cancel_requested.is_set():
-            self._context_tokens = []
-            lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        if status == 0:
+            self._memory.tokens.extend(tokens)
+        else:
+            self._memory.mark_torn()
+        if status == _ABORTED or self.cancel_requested.is_set():
             raise Cancelled
-        if status == 1:
+        if status == _NO_ROOM:
             raise EngineFailure("context_full", "no room left in the context")
         if status != 0:
             raise EngineFailure("decode", f"llama_decode failed with status {status}")
-        self._context_tokens.extend(tokens)
+        if time.monotonic() - self._last_sign > SIGN_OF_LIFE_S:
+            self._last_sign = time.monotonic()
+            self._stream("alive")
 
     def _piece(self, token: int) -> bytes:
         lib = binding.llama()
@@ -315,6 +318,11 @@ class Runtime:
         self._abort_flag[0] = b"\1"
         self.cancel_requested.set()
 
+    def arm(self) -> None:
+        """Forget an earlier abort: a new request has come."""
+        self.cancel_requested.clear()
+        self._abort_flag[0] = b"\0"
+
     def bench(
         self, prompt: int, generate: int, depth: int, repetitions: int, warmup: bool = True, seed: int = 1
     ) -> dict[str, Any]:
@@ -324,6 +332,7 @@ class Runtime:
         and synchronises after each. `depth` tokens are evaluated first, their state kept and restored for
         the later runs. Streams a `sample` event (ns) as each run ends.
         """
+        self._require_model()
         assert self._placement is not None
         lib = binding.llama()
         self._make_context(prompt + generate + depth)
@@ -331,7 +340,7 @@ class Runtime:
         pool = binding.new_threadpool(placement.threads)
         binding.ggml("llama_attach_threadpool")(self._context, pool, None)
         tokens = self._random_tokens(random.Random(seed))
-        memory = lib.llama_get_memory(self._context)
+        memory = self._ready_memory()
         saved: Any = None
         samples: list[int] = []
         try:
@@ -339,7 +348,7 @@ class Runtime:
                 self._bench_prompt(tokens, prompt)
                 self._bench_generate(tokens, min(generate, 1))
             for _ in range(repetitions):
-                lib.llama_memory_clear(memory, False)
+                memory.clear()
                 if depth and saved is None:
                     self._bench_prompt(tokens, depth)
                     saved = ctypes.create_string_buffer(lib.llama_state_seq_get_size(self._context, 0))
@@ -352,8 +361,7 @@ class Runtime:
                 samples.append(time.perf_counter_ns() - started)
                 self._stream("sample", ns=samples[-1])
         finally:
-            lib.llama_free(self._context)
-            self._context = None
+            self._free_context()
             binding.free_threadpool(pool)
         return {"samples_ns": samples}
 
@@ -377,22 +385,13 @@ class Runtime:
             binding.llama().llama_synchronize(self._context)
 
 
+_ABORTED, _NO_ROOM = 2, 1
+"""What llama_decode returns besides 0 and errors below 0."""
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+
+
 def _bytes_pointer(buffer: Any) -> Any:
     return ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint8))
-
-
-def _sampler_chain(sampling: dict[str, float]) -> Any:
-    """Sampler chain in llama.cpp's order; temperature 0 is greedy."""
-    lib = binding.llama()
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    add = lib.llama_sampler_chain_add
-    temperature = float(sampling.get("temperature", 0.0))
-    if temperature <= 0:
-        add(chain, lib.llama_sampler_init_greedy())
-        return chain
-    add(chain, lib.llama_sampler_init_top_k(int(sampling.get("top_k", 40))))
-    add(chain, lib.llama_sampler_init_top_p(float(sampling.get("top_p", 0.95)), 1))
-    add(chain, lib.llama_sampler_init_min_p(float(sampling.get("min_p", 0.0)), 1))
-    add(chain, lib.llama_sampler_init_temp(temperature))
-    add(chain, lib.llama_sampler_init_dist(int(sampling.get("seed", 0xFFFFFFFF))))
-    return chain
