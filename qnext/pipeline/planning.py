@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -16,14 +15,16 @@ from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.budgets import make_budgets
 from qnext.plan.options import PlanOptions
-from qnext.plan.plan import Plan, make_plan
+from qnext.plan.placement import Problem, check_placement
+from qnext.plan.plan import Plan, choose_placement, explain_misfit, make_plan
+from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits, device_traits, host_traits
-from qnext.plan.values import HOST, Budget
+from qnext.plan.values import HOST, Budget, Placement
 from qnext.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-_DRY_RUN_ROUNDS = 3
+_DRY_RUN_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,38 +48,62 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
         device_memory=request.device_memory,
         rpc_servers=request.rpc_servers,
     )
-    traits = _traits(surroundings, budgets)
-    options = _options(request, surroundings)
-
-    def plan_with(compute: Mapping[str, int] | None) -> Plan:
-        return make_plan(
-            request.model,
-            model.header,
-            model.shape,
-            budgets,
-            traits,
-            options,
-            surroundings.speeds,
-            rpc_servers=request.rpc_servers,
-            compute=compute,
-        )
-
-    plan = plan_with(None)
-    if surroundings.build is not None:
+    problem = Problem(
+        header=model.header,
+        shape=model.shape,
+        budgets=budgets,
+        traits=_traits(surroundings, budgets),
+        options=_options(request, surroundings),
+        rpc_servers=request.rpc_servers,
+    )
+    if surroundings.build is None:
+        plan = make_plan(request.model, problem, surroundings.speeds)
+        if not plan.fits:
+            plan = explain_misfit(plan, problem, lambda changed: True)
+    else:
         with closing(DryRunner(model.header, surroundings.build, paths.headers_dir)) as runner:
-            for _ in range(_DRY_RUN_ROUNDS):
-                try:
-                    compute = compute_per_device(runner.measure(plan.placement), plan.placement.devices)
-                except EngineError as error:
-                    logger.info("no dry run: %s", error.message)
-                    plan = replace(plan, warnings=(*plan.warnings, f"no dry run: {error.message}"))
-                    break
-                measured = plan_with(compute)
-                settled = measured.placement == plan.placement
-                plan = measured
-                if settled:
-                    break
+            plan = _plan_measured(request.model, problem, surroundings.speeds, runner)
+    plan = replace(plan, warnings=(*surroundings.warnings, *plan.warnings))
     return PlannedModel(model, surroundings, budgets, plan)
+
+
+def _plan_measured(model_ref: str, problem: Problem, speeds: MachineSpeeds, runner: DryRunner) -> Plan:
+    try:
+        placement, measured = settle_placement(problem, runner)
+    except EngineError as error:
+        logger.info("no dry run: %s", error.message)
+        plan = make_plan(model_ref, problem, speeds)
+        plan = replace(plan, warnings=(*plan.warnings, f"no dry run: {error.message}"))
+        return plan if plan.fits else explain_misfit(plan, problem, lambda changed: True)
+    plan = make_plan(model_ref, measured, speeds, placement=placement)
+    return plan if plan.fits else explain_misfit(plan, measured, lambda changed: _fits(changed, runner))
+
+
+def settle_placement(problem: Problem, runner: DryRunner) -> tuple[Placement, Problem]:
+    """Place, measure the compute buffers of that placement, place again with them, until nothing moves.
+
+    Each round plans with the most that any dry run so far has asked for, so that it cannot go back and
+    forth. Returns the placement and the problem with the figures of its own dry run. Raises EngineError.
+    """
+    placement = choose_placement(problem).placement
+    most: dict[str, int] = {}
+    for rounds_left in reversed(range(_DRY_RUN_ROUNDS)):
+        compute = compute_per_device(runner.measure(placement), placement.devices)
+        for name, size in compute.items():
+            most[name] = max(most.get(name, 0), size)
+        again = choose_placement(replace(problem, compute=most)).placement
+        if again == placement or not rounds_left:
+            break
+        placement = again
+    return placement, replace(problem, compute=compute)
+
+
+def _fits(problem: Problem, runner: DryRunner) -> bool:
+    try:
+        placement, measured = settle_placement(problem, runner)
+    except EngineError:
+        return False
+    return check_placement(measured, placement).fits
 
 
 def compute_per_device(sizes: list[BufferSize], devices: tuple[str, ...]) -> dict[str, int]:

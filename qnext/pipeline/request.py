@@ -47,7 +47,7 @@ def parse_overrides(texts: tuple[str, ...]) -> tuple[Override, ...]:
     """`-ot` arguments, each `PATTERN=BUFFER` or several with commas, as llama.cpp takes them."""
     rules = []
     for text in ",".join(texts).split(",") if texts else ():
-        pattern, separator, buffer = text.rpartition("=")
+        pattern, separator, buffer = text.partition("=")
         if not separator or not pattern or not buffer:
             raise UsageError(
                 f"'{text}' is not an override", hint="Write -ot PATTERN=BUFFER, for example -ot 'exps=CPU'."

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +17,22 @@ from pathlib import Path
 from qnext.config import Paths
 from qnext.engine.build import EngineBuild, installed_build
 from qnext.engine.cache import write_atomically
-from qnext.errors import EngineError
+from qnext.errors import EngineError, HardwareError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
 from qnext.pipeline.request import Request
+from qnext.plan.budgets import engine_name
 from qnext.plan.options import RepackPolicy
-from qnext.plan.placement import repack_overrides
+from qnext.plan.overrides import repack_overrides
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import host_traits
 from qnext.plan.values import Placement
 
+logger = logging.getLogger(__name__)
+
 Notice = Callable[[str], None]
+
+PCIE_GEN1_LANE_BPS = 250_000_000
+"""Bytes per second of one PCIe lane of the first generation; each later one doubles it."""
 
 RATED_SHARE = 0.8
 """Part of the rated RAM bandwidth that a read loop reaches on an ordinary desktop."""
@@ -42,6 +50,7 @@ class Surroundings:
     speeds: MachineSpeeds
     threads: int
     threads_batch: int
+    warnings: tuple[str, ...] = ()
 
 
 def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
@@ -49,6 +58,7 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     this_machine = request.hardware is None
     machine = detect_machine(paths.data_dir) if request.hardware is None else load_machine(request.hardware)
     build = installed_build() if this_machine else None
+    machine, warnings = _usable_gpus(machine, build)
     threads, threads_batch = _threads(machine)
     repack, failures = _repack_policy(request, machine, build, paths, threads, notice)
     return Surroundings(
@@ -60,7 +70,26 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
         speeds=_speeds(machine, this_machine, threads, paths, notice),
         threads=request.threads or threads,
         threads_batch=request.threads_batch or request.threads or threads_batch,
+        warnings=warnings,
     )
+
+
+_BACKEND_OF = {"rocm": "hip"}
+"""Name of the engine's backend library where it is not that of the kind of GPU."""
+
+
+def _usable_gpus(machine: Machine, build: EngineBuild | None) -> tuple[Machine, tuple[str, ...]]:
+    """The machine with the GPUs that the installed engine has a backend for, and a warning for the others."""
+    if build is None:
+        return machine, ()
+    usable = tuple(gpu for gpu in machine.gpus if _BACKEND_OF.get(gpu.kind or "", gpu.kind) in build.backends)
+    idle = [gpu for gpu in machine.gpus if gpu not in usable]
+    warnings = tuple(
+        f"{gpu.name or 'a GPU'} is not used: the engine was built without {gpu.kind or 'its backend'}; "
+        "build it again with QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version"
+        for gpu in idle
+    )
+    return replace(machine, gpus=usable), warnings
 
 
 def _threads(machine: Machine) -> tuple[int, int]:
@@ -123,25 +152,48 @@ def _speeds(
         ram_bps=bandwidth,
         ram_source=source,
         device_bps={
-            f"CUDA{position}": gpu.rated_bandwidth_bps
+            engine_name(gpu, position): gpu.rated_bandwidth_bps
             for position, gpu in enumerate(machine.gpus)
             if gpu.rated_bandwidth_bps is not None
+        },
+        link_bps={
+            engine_name(gpu, position): PCIE_GEN1_LANE_BPS * gpu.pcie_width_max << (gpu.pcie_gen_max - 1)
+            for position, gpu in enumerate(machine.gpus)
+            if gpu.pcie_gen_max and gpu.pcie_width_max
         },
         cores=threads,
         instruction_set="avx512" if "avx512f" in sets else "avx2" if "avx2" in sets else "other",
     )
 
 
-def _measured_here(machine: Machine, threads: int, paths: Paths, notice: Notice) -> int:
+def _measured_here(machine: Machine, threads: int, paths: Paths, notice: Notice) -> int | None:
+    """The remembered measurement; taken again in a calm moment when it was made on a busy machine."""
     entry = paths.probes_dir / f"bandwidth-{machine_fingerprint(machine)}.json"
+    known, disturbed = 0, True
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads(entry.read_text())["bytes_per_second"])
-    from qnext.hardware.bandwidth import measure_read_bandwidth
+        content = json.loads(entry.read_text())
+        known, disturbed = int(content["bytes_per_second"]), bool(content["disturbed"])
+    busy = _is_busy(threads)
+    if known and (busy or not disturbed):
+        return known
+    from qnext.hardware.bandwidth import measure_in_child
 
     notice("measuring RAM bandwidth once (under a second)")
-    measured = measure_read_bandwidth(threads)
-    write_atomically(entry, json.dumps({"bytes_per_second": measured}))
+    try:
+        measured = max(known, measure_in_child(threads))
+    except HardwareError as error:
+        logger.info("%s", error.message)
+        return known or None
+    write_atomically(entry, json.dumps({"bytes_per_second": measured, "disturbed": busy}))
     return measured
+
+
+def _is_busy(threads: int) -> bool:
+    """Whether other programs use a good part of the cores at this moment."""
+    try:
+        return os.getloadavg()[0] > max(0.5, threads / 4)
+    except (AttributeError, OSError):
+        return False
 
 
 def require_this_machine(surroundings: Surroundings) -> EngineBuild:

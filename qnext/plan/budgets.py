@@ -13,7 +13,7 @@ from qnext.hardware.machine import Gpu, Machine
 from qnext.plan.values import HOST, Budget
 from qnext.units import GIB, MIB, format_bytes
 
-_ENGINE_NAMES = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "Metal", "sycl": "SYCL"}
+_ENGINE_NAMES = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "MTL", "sycl": "SYCL"}
 """llama.cpp's device name for the first device of a backend is this followed by 0."""
 
 HOST_MARGIN_SHARE = 16
@@ -21,6 +21,9 @@ HOST_MARGIN_BYTES = (192 * MIB, GIB)
 GPU_MARGIN_SHARE = 16
 GPU_MARGIN_BYTES = (256 * MIB, GIB)
 """Smallest and largest margin; `--fit` leaves 1 GiB on every device."""
+
+UNIFIED_GPU_SHARE = (3, 4)
+"""Part of a shared memory a GPU may hold: macOS lets Metal wire down three quarters of it."""
 
 
 def make_budgets(
@@ -34,18 +37,25 @@ def make_budgets(
     """Host first, then the machine's GPUs, then one RPC device per server. Bytes throughout.
 
     `ram` and `vram` (for every GPU) replace what was detected, `device_memory` one device by engine name. An
-    RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM.
+    RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM. Where
+    CPU and GPU share one memory, what the GPUs may use is taken off the host's share, unless both are named.
     Raises HardwareError when RAM is unknown, UsageError for a device that is not there.
     """
     named = dict(device_memory or {})
     host = named.pop(HOST, ram)
+    forced = host is not None
     if host is None:
         host = _less_margin(_host_bytes(machine), HOST_MARGIN_SHARE, HOST_MARGIN_BYTES)
-    budgets = [Budget(HOST, "host", host, HOST)]
+    gpus = []
     for position, gpu in enumerate(machine.gpus):
-        name = _engine_name(gpu, position)
+        name = engine_name(gpu, position)
         size = named.pop(name, vram)
-        budgets.append(Budget(name, "gpu", _gpu_bytes(gpu) if size is None else size, name))
+        if size is None:
+            size = _shared_bytes(gpu, host) if machine.unified_memory else _gpu_bytes(gpu)
+        if machine.unified_memory and not forced:
+            host = max(0, host - size)
+        gpus.append(Budget(name, "gpu", size, name))
+    budgets = [Budget(HOST, "host", host, HOST), *gpus]
     for index, server in enumerate(rpc_servers):
         name = f"RPC{index}"
         if name not in named:
@@ -85,7 +95,15 @@ def _gpu_bytes(gpu: Gpu) -> int:
     return _less_margin(free, GPU_MARGIN_SHARE, GPU_MARGIN_BYTES)
 
 
-def _engine_name(gpu: Gpu, position: int) -> str:
+def _shared_bytes(gpu: Gpu, host: int) -> int:
+    """Share of a common memory for its GPU: what it may take at most, the host keeping a quarter."""
+    free = gpu.vram_free_bytes if gpu.vram_free_bytes is not None else gpu.vram_total_bytes
+    most = host * UNIFIED_GPU_SHARE[0] // UNIFIED_GPU_SHARE[1]
+    return most if free is None else min(free, most)
+
+
+def engine_name(gpu: Gpu, position: int) -> str:
+    """The engine's device name of the machine's GPU number `position`: `CUDA0`, `ROCm1`, `MTL0`."""
     index = position if gpu.index is None else gpu.index
     return f"{_ENGINE_NAMES.get(gpu.kind or 'cuda', 'CUDA')}{index}"
 

@@ -3,30 +3,39 @@
 Why so: what lives in RAM is multiplied by the CPU, so every expert layer on a GPU saves its share of the RAM
 traffic that bounds decode, while attention, cache and shared experts are used for every token and belong on
 the GPU first. Keeping the head of the model on the GPU lets it prefill while the tail's experts are copied.
+
+What the user forces stays as it is and the rest is sought around it: `-ot` rules go first, `-ncmoe` fixes the
+expert layers, `-ngl` the number of layers, `-ts` the split. Host RAM never steers the search, because every
+byte moved to a GPU relieves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qnext.models.header import ModelHeader
-from qnext.models.shape import ModelShape, is_expert, layer_of
+from qnext.models.shape import ModelShape
 from qnext.plan.flags import expert_pattern
 from qnext.plan.memory import MemoryPlan, plan_memory
 from qnext.plan.options import PlanOptions
-from qnext.plan.traits import DeviceTraits, extra_buffer_accepts
-from qnext.plan.values import CPU_REPACK, HOST, Budget, Override, Placement
+from qnext.plan.overrides import checked_overrides, repack_overrides
+from qnext.plan.split import deal_layers, layer_costs
+from qnext.plan.traits import DeviceTraits
+from qnext.plan.values import HOST, Budget, Override, Placement
 
 ALL_LAYERS = 999
 """`-ngl` for "everything, the output layer too", the value llama.cpp's users write."""
+
+_DEAL_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What a placement is sought for. `traits` maps device names to how they store tensors, host included.
 
-    `compute` holds compute-buffer bytes per device from a dry run, None to use the estimate.
+    `compute` holds compute-buffer bytes per device from a dry run, None to use the estimate. `rpc_servers`
+    are the endpoints behind the RPC devices of `budgets`.
     """
 
     header: ModelHeader
@@ -35,6 +44,7 @@ class Problem:
     traits: Mapping[str, DeviceTraits]
     options: PlanOptions
     compute: Mapping[str, int] | None = None
+    rpc_servers: tuple[str, ...] = ()
 
     def memory(self, placement: Placement) -> MemoryPlan:
         """Bytes per device of one placement."""
@@ -44,9 +54,13 @@ class Problem:
             placement,
             self.budgets,
             host=self.traits[HOST],
-            devices=[self.traits[name] for name in placement.devices],
+            devices=self.used(placement),
             compute=self.compute,
         )
+
+    def used(self, placement: Placement) -> list[DeviceTraits]:
+        """Traits of the devices that a placement uses, in its order."""
+        return [self.traits[name] for name in placement.devices]
 
     def offload_devices(self) -> tuple[str, ...]:
         """Names of the devices beside the host that have any room."""
@@ -68,175 +82,194 @@ class Placed:
         """Whether every device stays inside its budget."""
         return not self.missing
 
+    @property
+    def gpus_fit(self) -> bool:
+        """Whether every device but the host does."""
+        return all(name == HOST for name in self.missing)
+
+
+def check_placement(problem: Problem, placement: Placement) -> Placed:
+    """The memory of a placement against the budgets."""
+    memory = problem.memory(placement)
+    missing = {
+        device.name: device.total_bytes - device.budget_bytes
+        for device in memory.devices
+        if device.budget_bytes is not None and device.total_bytes > device.budget_bytes
+    }
+    return Placed(placement, memory, missing)
+
 
 def find_placement(problem: Problem, base: Placement) -> Placed:
     """The best placement of the problem's model; `base` holds context, cache types, threads and the like.
 
-    When nothing fits, the placement returned is the one on the host and the devices that lacks least.
+    When nothing fits, the placement returned is the one that lacks least. Raises UsageError for an override
+    that names no buffer type of these devices.
     """
     options = problem.options
     devices = problem.offload_devices()
     if not devices or options.n_gpu_layers == 0:
-        return _check(problem, on_cpu(problem, base))
+        return check_placement(problem, on_cpu(problem, base))
     base = replace(
         base,
         devices=devices,
-        rpc_servers=base.rpc_servers,
         n_gpu_layers=ALL_LAYERS if options.n_gpu_layers is None else options.n_gpu_layers,
         extra_buffers=False,
         tensor_split=options.tensor_split,
-        overrides=options.overrides,
+        overrides=checked_overrides(problem.header, options.overrides, problem.traits),
     )
-    if options.overrides or options.cpu_experts is not None:
-        return _check(problem, _with_forced_experts(problem, base))
-    tried: list[Placed] = []
-    if not problem.shape.dense:
-        tried.append(_most_experts_on_gpu(problem, base))
-    if not tried or not _gpus_fit(tried[-1]):
-        tried.append(_most_layers_on_gpu(problem, base))
-    if not _gpus_fit(tried[-1]):
-        tried.append(_check(problem, on_cpu(problem, base)))
+    if options.cpu_experts is None:
+        tried = [_fewest_cpu_experts(problem, base)]
+    else:
+        head = range(min(options.cpu_experts, problem.shape.n_layer))
+        tried = [_dealt(problem, _with_cpu_experts(problem, base, tuple(head)))]
+    if not tried[-1].gpus_fit and options.n_gpu_layers is None:
+        tried.append(_most_layers(problem, base))
+    forced = options.cpu_experts is not None or options.overrides or options.n_gpu_layers is not None
+    if not tried[-1].gpus_fit and not forced:
+        tried.append(check_placement(problem, on_cpu(problem, base)))
     return min(tried, key=lambda placed: sum(placed.missing.values()))
 
 
 def on_cpu(problem: Problem, base: Placement) -> Placement:
     """Everything in host memory, laid out as the repack policy says."""
-    placement = replace(base, devices=(), n_gpu_layers=0, tensor_split=None, cpu_expert_layers=())
-    repack = problem.options.repack
-    overrides = problem.options.overrides
-    if repack == "experts" and not overrides:
-        overrides = repack_overrides(problem.header, problem.traits[HOST])
-    return replace(placement, extra_buffers=repack == "full", overrides=overrides)
-
-
-def repack_overrides(header: ModelHeader, host: DeviceTraits) -> tuple[Override, ...]:
-    """Overrides that put each routed-expert tensor into CPU_REPACK whose type and shape it supports.
-
-    Anything else in there crashes the engine, so the layers are listed tensor by tensor where they differ.
-    """
-    layers_of: dict[str, list[int]] = {}
-    for tensor in header.tensors:
-        layer = layer_of(tensor.name)
-        if layer is None or not is_expert(tensor.name):
-            continue
-        kind = tensor.name.split(".")[2]
-        accepted = tensor.name.endswith(".weight") and extra_buffer_accepts(
-            CPU_REPACK, tensor, True, host.features
-        )
-        if accepted:
-            layers_of.setdefault(kind, []).append(layer)
-    kinds_of: dict[tuple[int, ...], list[str]] = {}
-    for kind, layers in layers_of.items():
-        kinds_of.setdefault(tuple(sorted(layers)), []).append(kind)
-    return tuple(
-        Override(rf"blk\.({'|'.join(map(str, layers))})\.({'|'.join(kinds)})\.weight", CPU_REPACK)
-        for layers, kinds in kinds_of.items()
+    host, repack = problem.traits[HOST], problem.options.repack
+    overrides = checked_overrides(problem.header, problem.options.overrides, {HOST: host})
+    if repack == "experts":
+        overrides += repack_overrides(problem.header, host)
+    return replace(
+        base,
+        devices=(),
+        n_gpu_layers=0,
+        tensor_split=None,
+        cpu_expert_layers=(),
+        extra_buffers=repack == "full",
+        overrides=overrides,
     )
 
 
-def _with_forced_experts(problem: Problem, base: Placement) -> Placement:
-    count = min(problem.options.cpu_experts or 0, problem.shape.n_layer)
-    return with_cpu_experts(base, tuple(range(count)), problem.options.overrides)
+def _with_cpu_experts(problem: Problem, base: Placement, layers: tuple[int, ...]) -> Placement:
+    """`base` with the routed experts of `layers` on the CPU, after the overrides it has already."""
+    if problem.shape.dense or not layers:
+        return base
+    rule = Override(expert_pattern(layers), HOST)
+    return replace(base, cpu_expert_layers=layers, overrides=(*base.overrides, rule))
 
 
-def with_cpu_experts(base: Placement, layers: tuple[int, ...], first: tuple[Override, ...] = ()) -> Placement:
-    """`base` with the routed experts of `layers` on the CPU, after the overrides that go `first`."""
-    rules = (*first, Override(expert_pattern(layers), HOST)) if layers else first
-    return replace(base, cpu_expert_layers=layers, overrides=rules)
+def _fewest_cpu_experts(problem: Problem, base: Placement) -> Placed:
+    """Fewest tail layers with experts on the CPU.
 
+    None at all is tried first: it alone needs no room on the GPU to copy CPU experts to, so it may fit where
+    one layer on the CPU does not. From there on, more on the CPU always fits better, and the bytes that are
+    over or left tell how many layers to move next, so that a few exact checks are enough.
+    """
+    total = 0 if problem.shape.dense else problem.shape.n_layer
 
-def _most_experts_on_gpu(problem: Problem, base: Placement) -> Placed:
-    """Fewest tail layers with experts on the CPU. Feasibility on the GPUs is monotone, so bisect."""
-    layers = problem.shape.n_layer
-    low, high = 0, layers
-    best = _check(problem, _split(problem, base, layers))
-    if not _gpus_fit(best):
+    def check(count: int) -> Placed:
+        return _dealt(problem, _with_cpu_experts(problem, base, tuple(range(total - count, total))))
+
+    best = check(0)
+    if best.gpus_fit or total == 0:
         return best
-    while low < high:
-        middle = (low + high) // 2
-        candidate = _check(problem, _split(problem, base, middle))
-        if _gpus_fit(candidate):
-            best, high = candidate, middle
+    best = check(total)
+    if not best.gpus_fit:
+        return best
+    return _search(check, best, _expert_bytes(problem))
+
+
+def _search(check: Callable[[int], Placed], best: Placed, expert_bytes: list[int]) -> Placed:
+    """The smallest count from 1 on whose check fits the GPUs; `best` is that of all layers, which does."""
+    low, high = 0, len(expert_bytes)  # the largest known to fail, the smallest known to fit
+    guess, spare = high, _spare(best)
+    for step in range(high):
+        if high - low <= 1:
+            break
+        while guess > low and spare >= expert_bytes[-guess]:
+            spare -= expert_bytes[-guess]
+            guess -= 1
+        while guess < high and spare < 0:
+            spare += expert_bytes[-guess - 1]
+            guess += 1
+        guess = (low + high) // 2 if step > 5 else min(max(guess, low + 1), high - 1)
+        candidate = check(guess)
+        spare = _spare(candidate)
+        if candidate.gpus_fit:
+            best, high = candidate, guess
         else:
-            low = middle + 1
+            low = guess
     return best
 
 
-def _split(problem: Problem, base: Placement, cpu_layers: int) -> Placement:
-    """Tail `cpu_layers` layers keep experts on the CPU; layers are dealt to several GPUs first come."""
-    total = problem.shape.n_layer
-    placement = with_cpu_experts(base, tuple(range(total - cpu_layers, total)))
-    if len(base.devices) < 2 or base.tensor_split is not None:
-        return placement
-    return replace(placement, tensor_split=_deal_layers(problem, placement))
-
-
-def _deal_layers(problem: Problem, placement: Placement) -> tuple[float, ...]:
-    """Layer counts per device: fill each in turn, but leave later ones what the tail needs.
-
-    The cost of a layer is its share of everything the devices hold in this placement; the output layer and
-    the rounding are checked afterwards by the exact arithmetic.
-    """
-    shape = problem.shape
-    single = replace(placement, devices=placement.devices[:1], tensor_split=None)
-    whole = problem.memory(single).devices[1]
-    moved = set(placement.cpu_expert_layers)
-    weights = [
-        layer.other_bytes + (0 if index in moved else layer.expert_bytes)
-        for index, layer in enumerate(shape.layer_bytes)
+def _spare(placed: Placed) -> int:
+    """Bytes the devices have left; negative is what the worst of them lacks."""
+    left = [
+        device.budget_bytes - device.total_bytes
+        for device in placed.memory.devices
+        if device.name != HOST and device.budget_bytes is not None
     ]
-    state = (whole.kv_bytes + whole.recurrent_bytes) / max(1, len(weights))
-    costs = [weight + state for weight in weights]
-    costs.append(max(0, whole.weights_bytes - sum(weights)))
-    by_name = {budget.name: budget.budget_bytes for budget in problem.budgets}
-    counts: list[float] = []
-    position = 0
-    for index, name in enumerate(placement.devices):
-        compute = (problem.compute or {}).get(name, whole.compute_bytes)
-        room, count = float(by_name[name] - compute), 0
-        last = index == len(placement.devices) - 1
-        while position < len(costs) and (last or room >= costs[position]):
-            room -= costs[position]
-            position += 1
-            count += 1
-        counts.append(float(count))
-    return tuple(counts)
+    return min(left, default=0) if min(left, default=0) < 0 else sum(left)
 
 
-def _most_layers_on_gpu(problem: Problem, base: Placement) -> Placed:
+def _expert_bytes(problem: Problem) -> list[int]:
+    return [layer.expert_bytes for layer in problem.shape.layer_bytes[: problem.shape.n_layer]]
+
+
+def _most_layers(problem: Problem, base: Placement) -> Placed:
     """Most whole layers on the GPUs; for a mixture of experts, without any of their experts.
 
-    For a dense model this is all there is. For a mixture of experts it is the way out when the GPU is too
-    small even for attention and cache.
+    For a dense model this is the way; for a mixture of experts it is the way out when the GPU is too small
+    even for attention and cache. `-ngl` takes the last layers, the output layer first.
     """
-    total = problem.shape.n_layer_all + 1
-    layers = () if problem.shape.dense else tuple(range(problem.shape.n_layer))
-    base = with_cpu_experts(base, layers)
-    low, high = 0, total
-    best = _check(problem, replace(base, n_gpu_layers=0))
+    options, shape = problem.options, problem.shape
+    head = shape.n_layer if options.cpu_experts is None else min(options.cpu_experts, shape.n_layer)
+    base = _with_cpu_experts(problem, base, tuple(range(head)))
+    low, high = 0, shape.n_layer_all
+    if options.overrides:
+        low, best = 1, _dealt(problem, replace(base, n_gpu_layers=1))
+    else:
+        best = check_placement(problem, on_cpu(problem, base))
     while low < high:
         middle = (low + high + 1) // 2
-        candidate = _check(problem, replace(base, n_gpu_layers=ALL_LAYERS if middle == total else middle))
-        if _gpus_fit(candidate):
+        candidate = _dealt(problem, replace(base, n_gpu_layers=middle))
+        if candidate.gpus_fit:
             best, low = candidate, middle
         else:
             high = middle - 1
     return best
 
 
-def _check(problem: Problem, placement: Placement) -> Placed:
-    memory = problem.memory(placement)
-    return Placed(placement, memory, missing_bytes(memory))
+def _dealt(problem: Problem, placement: Placement) -> Placed:
+    """The placement's layers dealt to its devices in order, each filled as far as it goes.
 
-
-def missing_bytes(memory: MemoryPlan) -> dict[str, int]:
-    """Bytes each device lacks, only those over their budget."""
-    return {
-        device.name: device.total_bytes - device.budget_bytes
-        for device in memory.devices
-        if device.budget_bytes is not None and device.total_bytes > device.budget_bytes
-    }
-
-
-def _gpus_fit(placed: Placed) -> bool:
-    return all(name == HOST for name in placed.missing)
+    The first deal knows only what each layer costs; the exact check then says what each device needs beside
+    its layers (compute buffer, padding), and they are dealt again. Devices without a layer are left out.
+    """
+    if len(placement.devices) < 2 or placement.tensor_split is not None:
+        return check_placement(problem, placement)
+    costs = layer_costs(problem.header, problem.shape, placement, problem.traits)
+    budgets = {budget.name: budget.budget_bytes for budget in problem.budgets}
+    beside = {name: (problem.compute or {}).get(name, 0) for name in placement.devices}
+    best: Placed | None = None
+    for _ in range(_DEAL_ROUNDS):
+        counts = deal_layers(costs, [budgets[name] - beside[name] for name in placement.devices])
+        kept = [(name, count) for name, count in zip(placement.devices, counts, strict=True) if count]
+        candidate = check_placement(
+            problem,
+            replace(
+                placement,
+                devices=tuple(name for name, _ in kept),
+                tensor_split=tuple(float(count) for _, count in kept) if len(kept) > 1 else None,
+            ),
+        )
+        if best is None or sum(candidate.missing.values()) < sum(best.missing.values()):
+            best = candidate
+        if candidate.gpus_fit:
+            return candidate
+        before, position = dict(beside), 0
+        totals = {device.name: device.total_bytes for device in candidate.memory.devices}
+        for name, count in kept:
+            beside[name] = max(beside[name], totals[name] - sum(costs[position : position + count]))
+            position += count
+        if beside == before:
+            break
+    assert best is not None
+    return best

@@ -6,18 +6,18 @@ run and of a bandwidth probe come in as values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
+from qnext.plan.alternatives import suggest_changes
 from qnext.plan.flags import llama_server_argv, server_warnings
-from qnext.plan.options import DEFAULT_CONTEXT, SMALLEST_CONTEXT, PlanOptions
-from qnext.plan.placement import Placed, Problem, find_placement
+from qnext.plan.options import CPU_UBATCH, DEFAULT_CONTEXT, GPU_UBATCHES, SMALLEST_CONTEXT
+from qnext.plan.placement import Placed, Problem, check_placement, find_placement
 from qnext.plan.speed import MachineSpeeds, predict_speed
-from qnext.plan.traits import DeviceTraits
-from qnext.plan.values import HOST, Budget, DeviceMemory, Placement, Prediction, Reason
+from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason
 from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
 
@@ -49,32 +49,23 @@ class Plan:
 
 
 def make_plan(
-    model_ref: str,
-    header: ModelHeader,
-    shape: ModelShape,
-    budgets: tuple[Budget, ...],
-    traits: Mapping[str, DeviceTraits],
-    options: PlanOptions,
-    speeds: MachineSpeeds,
-    *,
-    rpc_servers: tuple[str, ...] = (),
-    compute: Mapping[str, int] | None = None,
+    model_ref: str, problem: Problem, speeds: MachineSpeeds, *, placement: Placement | None = None
 ) -> Plan:
-    """The plan for one model file on one machine. `compute` are compute-buffer bytes of a dry run."""
-    problem = Problem(header, shape, budgets, traits, options, compute)
-    placed, reasons = _choose(problem, rpc_servers)
+    """The plan for one model file on one machine, or what it would be with a given `placement`."""
+    header, shape = problem.header, problem.shape
+    placed = choose_placement(problem) if placement is None else check_placement(problem, placement)
     placement = placed.placement
-    used = [traits[name] for name in placement.devices]
-    tensors = assign_buffers(header, shape, placement, traits[HOST], used)
+    used = problem.used(placement)
     prediction, speed_reason = predict_speed(
         shape,
         placement,
-        tensors,
+        assign_buffers(header, shape, placement, problem.traits[HOST], used),
         placed.memory.devices,
         {device.buffer_type: device.name for device in used},
         speeds,
-        options.workload,
+        problem.options.workload,
     )
+    host = placed.memory.devices[0]
     return Plan(
         model_ref=model_ref,
         header=header,
@@ -83,12 +74,32 @@ def make_plan(
         devices=placed.memory.devices,
         compute_measured=not placed.memory.compute_estimated,
         missing=placed.missing,
-        alternatives=tuple(_alternatives(problem, placed, rpc_servers)) if placed.missing else (),
-        argv=llama_server_argv(placement, str(header.paths[0]), shape),
+        alternatives=(),
+        argv=llama_server_argv(
+            placement,
+            str(header.paths[0]),
+            shape,
+            spare_host_bytes=max(0, (host.budget_bytes or 0) - host.total_bytes),
+            snapshot_bytes=sum(one.recurrent_bytes for one in placed.memory.devices) // placement.parallel,
+        ),
         prediction=prediction,
-        reasons=(*reasons, *placed.memory.reasons, speed_reason),
-        warnings=server_warnings(placement),
+        reasons=(*_reasons(problem, placed), *placed.memory.reasons, speed_reason),
+        warnings=(*server_warnings(placement), *_context_warnings(shape, placement)),
     )
+
+
+def explain_misfit(plan: Plan, problem: Problem, fits: Callable[[Problem], bool]) -> Plan:
+    """A plan that does not fit, with the changes that would make it fit (`alternatives`).
+
+    `fits` judges a changed problem where the arithmetic alone says that it fits: by a dry run, if there is
+    an engine.
+    """
+    placed = check_placement(problem, plan.placement)
+
+    def both(changed: Problem) -> bool:
+        return choose_placement(changed).fits and fits(changed)
+
+    return replace(plan, alternatives=tuple(suggest_changes(problem, placed, both)))
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -126,19 +137,28 @@ def device_to_dict(device: DeviceMemory) -> dict[str, Any]:
     return {**asdict(device), "total_bytes": device.total_bytes}
 
 
-def _choose(problem: Problem, rpc_servers: tuple[str, ...]) -> tuple[Placed, list[Reason]]:
-    """Context and ubatch by wish or by what fits, then the placement for them."""
-    placed: Placed | None = None
-    for context, ubatch in _context_and_ubatch(problem):
-        placed = find_placement(problem, _base(problem, rpc_servers, context, ubatch))
+def choose_placement(problem: Problem) -> Placed:
+    """Context and ubatch as wished or as large as fits, and the placement for them.
+
+    A ubatch costs speed, a context costs what the user can do, so the ubatch shrinks first. Less context
+    never needs more memory: if the smallest does not fit, nothing between is worth trying.
+    """
+    sizes = list(_context_and_ubatch(problem))
+    placed = find_placement(problem, _base(problem, *sizes[0]))
+    if placed.fits or len(sizes) == 1:
+        return placed
+    smallest = find_placement(problem, _base(problem, *sizes[-1]))
+    if not smallest.fits:
+        return smallest
+    for size in sizes[1:-1]:
+        placed = find_placement(problem, _base(problem, *size))
         if placed.fits:
-            break
-    assert placed is not None
-    return placed, _reasons(problem, placed)
+            return placed
+    return smallest
 
 
 def _context_and_ubatch(problem: Problem) -> Iterator[tuple[int, int]]:
-    """Combinations to try, most wanted first: the context shrinks before the ubatch does."""
+    """Combinations to try, most wanted first."""
     options = problem.options
     largest = problem.shape.context_train * options.parallel
     wanted = options.context or min(DEFAULT_CONTEXT, largest)
@@ -146,16 +166,16 @@ def _context_and_ubatch(problem: Problem) -> Iterator[tuple[int, int]]:
     while options.context is None and contexts[-1] > SMALLEST_CONTEXT:
         contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))
     has_gpu = any(budget.kind == "gpu" and budget.budget_bytes > 0 for budget in problem.budgets)
-    ubatches = [options.ubatch] if options.ubatch else ([2048, 512] if has_gpu else [512])
-    for ubatch in ubatches:
-        for context in contexts:
-            yield context, min(ubatch, options.batch)
+    ubatches = [options.ubatch] if options.ubatch else (list(GPU_UBATCHES) if has_gpu else [CPU_UBATCH])
+    for context in contexts:
+        for ubatch in dict.fromkeys(min(ubatch, options.batch) for ubatch in ubatches):
+            yield context, ubatch
 
 
-def _base(problem: Problem, rpc_servers: tuple[str, ...], context: int, ubatch: int) -> Placement:
+def _base(problem: Problem, context: int, ubatch: int) -> Placement:
     options = problem.options
     return Placement(
-        rpc_servers=rpc_servers,
+        rpc_servers=problem.rpc_servers,
         context=context,
         batch=options.batch,
         ubatch=ubatch,
@@ -170,44 +190,11 @@ def _base(problem: Problem, rpc_servers: tuple[str, ...], context: int, ubatch: 
     )
 
 
-def _alternatives(problem: Problem, placed: Placed, rpc_servers: tuple[str, ...]) -> Iterator[str]:
-    """Changes that would fit, the smallest loss first; last what a smaller quant would have to weigh."""
-    options, base = problem.options, placed.placement
-    per_sequence = base.context // options.parallel
-    eight_bit = replace(options, kv_type_k="q8_0", kv_type_v="q8_0")
-    smaller_contexts = [base.context >> step for step in range(1, 8) if base.context >> step >= 1024]
-    ladders: list[list[tuple[str, PlanOptions]]] = [
-        [(f"--ctx-size {size}", replace(options, context=size)) for size in smaller_contexts],
-        [("-ctk q8_0 -ctv q8_0", eight_bit)],
-        [("--ubatch 128", replace(options, ubatch=128))],
-        [("-np 1", replace(options, parallel=1, context=per_sequence))] if options.parallel > 1 else [],
-        [("--load-mode none", replace(options, load_mode="none"))] if base.load_mode != "none" else [],
-        [
-            (
-                f"-ctk q8_0 -ctv q8_0 --ubatch 128 --ctx-size {size}",
-                replace(eight_bit, ubatch=128, context=size),
-            )
-            for size in smaller_contexts
-        ],
-    ]
-    found = False
-    for number, ladder in enumerate(ladders):
-        if found and number == len(ladders) - 1:
-            break
-        for text, wishes in ladder:
-            wished = replace(problem, options=wishes, compute=None)
-            size, ubatch = wishes.context or base.context, wishes.ubatch or base.ubatch
-            if find_placement(wished, _base(wished, rpc_servers, size, ubatch)).fits:
-                found = True
-                yield text
-                break
-    yield _smaller_file(problem, placed)
-
-
-def _smaller_file(problem: Problem, placed: Placed) -> str:
-    weights = sum(device.weights_bytes for device in placed.memory.devices)
-    room = weights - sum(placed.missing.values())
-    return f"a smaller quant: a file of about {format_bytes(max(room, 0))} or less"
+def _context_warnings(shape: ModelShape, placement: Placement) -> tuple[str, ...]:
+    per_slot = placement.context // placement.parallel
+    if per_slot <= shape.context_train:
+        return ()
+    return (f"{per_slot:,} tokens of context per slot are more than the {shape.context_train:,} trained for",)
 
 
 def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
@@ -220,7 +207,16 @@ def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
                 because="the usual default, halved until it fits; the model was trained for more"
                 if placement.context < shape.context_train
                 else "all the model was trained for",
-                numbers={"trained": shape.context_train},
+                numbers={"trained": shape.context_train, "default": DEFAULT_CONTEXT},
+            )
+        )
+    if placement.devices and problem.options.ubatch is None and placement.ubatch in GPU_UBATCHES:
+        reasons.append(
+            Reason(
+                what=f"ubatch {placement.ubatch}",
+                because="experts in RAM are copied to the GPU once per ubatch of the prompt, so a large one "
+                "prefills faster",
+                numbers={"largest_tried": GPU_UBATCHES[0]},
             )
         )
     if not placement.devices:
@@ -230,24 +226,50 @@ def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
 
 def _placement_reason(problem: Problem, placed: Placed) -> Reason:
     shape, placement = problem.shape, placed.placement
+    host, others = placed.memory.devices[0], placed.memory.devices[1:]
+    left = {f"{one.name}_left_bytes": (one.budget_bytes or 0) - one.total_bytes for one in others}
     if not placement.devices:
-        return Reason("everything on the CPU", "no device with room for it beside the host's RAM")
+        offered = problem.offload_devices()
+        why = "there is no device with memory beside the host"
+        if offered:
+            why = f"{', '.join(offered)} cannot hold even one layer with its cache"
+        if problem.options.n_gpu_layers == 0:
+            why = "asked for with -ngl 0"
+        return Reason("everything on the CPU", why, {"host_bytes": host.total_bytes})
+    layers = min(placement.n_gpu_layers, shape.n_layer_all + 1)
+    partly = layers <= shape.n_layer_all
+    numbers: dict[str, float | int | str] = {"layers_on_gpu": layers, "layers": shape.n_layer, **left}
     if shape.dense:
+        what = f"{layers - 1} of {shape.n_layer} layers on the GPU" if partly else "all layers on the GPU"
         return Reason(
-            "whole layers on the GPU",
-            "a dense model has no experts to leave in RAM: every layer is read in full for every token",
-            {"layers_on_gpu": min(placement.n_gpu_layers, shape.n_layer_all + 1)},
+            what,
+            "a dense model has no experts to leave in RAM: every layer is read in full for every token, so "
+            "whole layers move, the last ones first",
+            numbers,
         )
-    return Reason(
-        f"experts of {len(placement.cpu_expert_layers)} of {shape.n_layer} layers on the CPU",
+    moved = len(placement.cpu_expert_layers)
+    numbers["cpu_expert_layers"] = moved
+    what = f"experts of {moved} of {shape.n_layer} layers on the CPU" if moved else "all experts on the GPU"
+    if partly:
+        return Reason(
+            f"{what}, {layers - 1} layers without them on the GPU",
+            "the GPU has no room for attention and cache of all layers",
+            numbers,
+        )
+    because = (
         "attention, cache and shared experts serve every token and go to the GPU first; experts follow from "
-        "the first layer on while they fit",
-        {"cpu_expert_layers": len(placement.cpu_expert_layers), "layers": shape.n_layer},
+        "the first layer on while they fit"
     )
+    if moved and problem.options.cpu_experts is None:
+        following = shape.layer_bytes[placement.cpu_expert_layers[0]].expert_bytes
+        numbers["next_layer_bytes"] = following
+        room = format_bytes(sum(one for one in left.values() if one > 0))
+        because += f"; the next layer's take {format_bytes(following)}, {room} are left"
+    return Reason(what, because, numbers)
 
 
 _REPACK_REASONS = {
-    "full": Reason("weights repacked by the engine", "wider SIMD kernels; a probe ran here without a crash"),
+    "full": Reason("weights repacked by the engine", "wider SIMD kernels; no crash is known on this CPU"),
     "experts": Reason(
         "routed experts in CPU_REPACK, nothing in AMX buffers",
         "llama.cpp crashes with AMX buffers on such CPUs; this is the fastest layout that avoids them",
