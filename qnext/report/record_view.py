@@ -34,9 +34,10 @@ def record_view(record: Record, *, samples: bool = False) -> Group:
         f", record {record.id}",
     )
     commit = f", llama.cpp {engine.llama_commit}" if engine.llama_commit else ""
+    digest = identity.model_digest.rsplit(":", 1)[-1][:16]
     facts = [
         f"engine {engine.name} {engine.version}{commit}",
-        f"machine {identity.machine}, placement {identity.placement}, file {identity.model_digest[:16]}",
+        f"machine {identity.machine}, placement {identity.placement}, file {digest}",
         "command " + shlex.join((record.command[0], *record.command[2:])) if record.command else "",
     ]
     parts: list[RenderableType] = [headline, *(Text(fact, style="dim") for fact in facts if fact), Text()]
