@@ -48,10 +48,9 @@ def safe_repack_policy(
     `placements` gives the placement of each layout. The prompt should be longer than one ubatch, so that
     both the matrix and the vector kernels run. Raises EngineError when no layout works at all.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads(entry.read_text())
-        if known["build"] == build.digest and known["policy"] in ORDER:
-            return ProbeResult(known["policy"], dict(known["failures"]))
+    known = known_policy(entry, build)
+    if known is not None:
+        return known
     failures: dict[str, str] = {}
     proven = True
     for policy in ORDER:
@@ -69,6 +68,15 @@ def safe_repack_policy(
         f"the engine cannot run even a tiny model here: {failures[ORDER[-1]]}",
         hint="Build it again for this machine: QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version",
     )
+
+
+def known_policy(entry: Path, build: EngineBuild) -> ProbeResult | None:
+    """What file `entry` remembers for this build, if anything."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(entry.read_text())
+        if known["build"] == build.digest and known["policy"] in ORDER:
+            return ProbeResult(known["policy"], dict(known["failures"]))
+    return None
 
 
 def remember_policy(

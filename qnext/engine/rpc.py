@@ -13,7 +13,7 @@ import tempfile
 import time
 from typing import Self
 
-from qnext.engine.session import child_environment
+from qnext.engine.child import child_environment
 from qnext.errors import EngineError, UsageError
 
 LOOPBACK = "127.0.0.1"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import re
 import signal
@@ -22,9 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, BinaryIO, Self, cast
 
+from qnext.engine.child import child_environment, silence_limit
 from qnext.engine.crash import EngineCrashError, explain_exit, interesting_tail
 from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
-from qnext.errors import EngineError, UsageError
+from qnext.errors import EngineError
 from qnext.plan.values import Placement
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 LOG_LINES_KEPT = 2000
 LOG_LINE_BYTES = 4096
 """Longer lines are cut in pieces, so that a child that floods its log cannot fill our memory."""
-DEFAULT_SILENCE_LIMIT_S = 600.0
 CANCEL_GRACE_S = 0.7
 """How long a cancelled operation may take to come back before the child is ended: Ctrl-C acts within 1 s."""
 
@@ -53,7 +52,7 @@ class EngineSession:
     def __init__(
         self, *, environment: dict[str, str] | None = None, silence_limit_s: float | None = None
     ) -> None:
-        self._silence_limit_s = _silence_limit() if silence_limit_s is None else silence_limit_s
+        self._silence_limit_s = silence_limit() if silence_limit_s is None else silence_limit_s
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._log_changed = threading.Condition()
         self._log_ended = False
@@ -127,6 +126,10 @@ class EngineSession:
             "context": context,
         }
         return self._request("loading the model", request, on_progress=on_progress)
+
+    def warm_up(self) -> None:
+        """Decode a few tokens and forget them, so that a layout that crashes does so now."""
+        self._request("trying the first tokens", {"op": "warm_up"})
 
     def dry_run(self, model: str, placement: Placement) -> list[str]:
         """Simulate the allocation without reading weights; returns the log lines that state it."""
@@ -362,36 +365,3 @@ _HINTS = {
 }
 
 _LOG_TELLS = ("load", "context", "decode")
-
-
-def _silence_limit() -> float:
-    """Seconds of QNEXT_ENGINE_TIMEOUT, or the default. Raises UsageError when it is no positive number."""
-    text = os.environ.get("QNEXT_ENGINE_TIMEOUT", "")
-    if not text.strip():
-        return DEFAULT_SILENCE_LIMIT_S
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit <= threading.TIMEOUT_MAX:
-        raise UsageError(
-            f"QNEXT_ENGINE_TIMEOUT is '{text}', not a number of seconds",
-            hint=f"Leave it out ({DEFAULT_SILENCE_LIMIT_S:.0f} s), or set it like QNEXT_ENGINE_TIMEOUT=1800.",
-        )
-    return limit
-
-
-def child_environment() -> dict[str, str]:
-    """Environment for an engine child: ours without LLAMA_ARG_*, and with the same qnext importable.
-
-    ggml's backtrace on abort is off unless asked for: it starts a debugger, which delays the end by seconds
-    and outlives it.
-    """
-    import qnext
-
-    root = os.path.dirname(os.path.dirname(os.path.abspath(qnext.__file__)))  # noqa: PTH100, PTH120
-    known = os.environ.get("PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
-    environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else root
-    environment.setdefault("GGML_NO_BACKTRACE", "1")
-    return environment

@@ -1,8 +1,9 @@
 """A planned model, running: opened with a safer retry, its allocation compared with the plan.
 
 A crash of the engine costs the child process and nothing else. When the weight layout may be the cause, the
-model is opened again with the next safer one and the machine's remembered layout is changed, so that the
-next run starts there.
+model is opened again with the next safer one; once that one has decoded tokens, it becomes the machine's
+remembered layout, so that the next run starts there. A few tokens are decoded right after loading, as
+llama.cpp's own programs do, so that such a crash comes before anything is recorded or said.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from typing import Any, Self
 from qnext.config import Paths
 from qnext.engine.crash import EngineCrashError
 from qnext.engine.log_reader import PRINT_RESOLUTION_BYTES, allocated_devices, read_buffer_sizes
-from qnext.engine.probe import ORDER, remember_policy
+from qnext.engine.probe import LAYOUT_CRASHES, ORDER, known_policy, remember_policy
 from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
-from qnext.errors import EngineError
 from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
-from qnext.plan.options import RepackPolicy
 from qnext.plan.values import DeviceMemory
 from qnext.units import MIB, format_bytes
 
-_LAYOUT_CRASHES = ("crash", "amx", "abort", "illegal")
+Planner = Callable[[Request, Paths, Notice], PlannedModel]
+
 _TOLERANCE_SHARE = 100
 _TOLERANCE_BYTES = 32 * MIB
 
@@ -42,7 +42,8 @@ class Opened:
 class RunningModel:
     """A model in an engine child. Use as a context manager; `planned` is the plan in force after retries.
 
-    `on_progress` gets the share of the weights loaded. Raises DoesNotFitError before anything is loaded.
+    `on_progress` gets the share of the weights loaded. `planner` makes the plan, and again each time a safer
+    layout is wanted. Raises DoesNotFitError before anything is loaded.
     """
 
     def __init__(
@@ -51,14 +52,18 @@ class RunningModel:
         paths: Paths,
         notice: Notice,
         on_progress: Callable[[float], None] | None = None,
+        *,
+        planner: Planner = plan_model,
     ) -> None:
         self._request = request
         self._paths = paths
         self._notice = notice
         self._on_progress = on_progress
+        self._planner = planner
         self._session: EngineSession | None = None
+        self._crashed_layouts: dict[str, str] = {}
         self.warnings: list[str] = []
-        self.planned = plan_model(request, paths, notice)
+        self.planned = planner(request, paths, notice)
         self.build = require_this_machine(self.planned.surroundings)
         require_fit(self.planned.plan)
         self.opened = self._open_safely()
@@ -113,15 +118,19 @@ class RunningModel:
         self.close()
 
     def _open_safely(self) -> Opened:
-        while True:
-            try:
-                return self._open()
-            except EngineCrashError as error:
-                if not self._next_layout(error):
-                    raise
-            except EngineError:
-                self.close()
-                raise
+        try:
+            while True:
+                try:
+                    opened = self._open()
+                except EngineCrashError as error:
+                    if not self._next_layout(error):
+                        raise
+                else:
+                    self._remember_layout()
+                    return opened
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> Opened:
         self.close()
@@ -129,10 +138,15 @@ class RunningModel:
         plan = self.planned.plan
         facts = self._session.open(self.planned.model.path, plan.placement, on_progress=self._on_progress)
         sizes = read_buffer_sizes(self._session.log)
+        self._session.warm_up()
         budgets = {budget.name: budget for budget in self.planned.budgets}
         wanted = {device.name: budgets[device.name] for device in plan.devices}
         allocated = allocated_devices(sizes, wanted)
-        self.warnings = [*plan.warnings, *differences(plan.devices, allocated)]
+        self.warnings = [
+            *plan.warnings,
+            *(f"--repack {layout} was given up: {why}" for layout, why in self._crashed_layouts.items()),
+            *differences(plan.devices, allocated),
+        ]
         return Opened(facts, allocated, int(str(facts["load_ns"])))
 
     def _retreat(self, error: EngineCrashError) -> bool:
@@ -144,23 +158,31 @@ class RunningModel:
 
     def _next_layout(self, error: EngineCrashError) -> bool:
         """Plan again with the next safer layout, if the layout may be at fault and one is left."""
-        current = self.planned.surroundings.repack
-        if self._request.overrides or error.kind not in _LAYOUT_CRASHES or current == ORDER[-1]:
+        if self._request.overrides or error.kind not in LAYOUT_CRASHES:
             return False
-        safer: RepackPolicy = ORDER[ORDER.index(current) + 1]
-        self._notice(f"{error.message}; trying again with --repack {safer}")
-        if self._request.repack is None:
-            entry = layout_entry(self._paths, self.planned.surroundings.machine, self.build)
-            remember_policy(entry, self.build, safer, {current: error.message})
-        self.planned = replan(self._request, safer, self._paths, self._notice)
-        return True
+        current = self.planned.surroundings.repack
+        for safer in ORDER[ORDER.index(current) + 1 :]:
+            planned = self._planner(replace(self._request, repack=safer), self._paths, self._notice)
+            if planned.plan.placement == self.planned.plan.placement:
+                continue  # nothing is repacked here anyway
+            require_fit(planned.plan)
+            for line in error.log_tail:
+                self._notice(f"  | {line}")
+            self._notice(f"{error.message}; trying again with --repack {safer}")
+            self._crashed_layouts[current] = error.message
+            self.planned = planned
+            return True
+        return False
 
-
-def replan(request: Request, repack: RepackPolicy, paths: Paths, notice: Notice) -> PlannedModel:
-    """The same request with a given weight layout, checked to fit."""
-    planned = plan_model(replace(request, repack=repack), paths, notice)
-    require_fit(planned.plan)
-    return planned
+    def _remember_layout(self) -> None:
+        """After a retry that works: start there next time. What the user asked for is tried every time."""
+        if not self._crashed_layouts or self._request.repack is not None:
+            return
+        surroundings = self.planned.surroundings
+        entry = layout_entry(self._paths, surroundings.machine, self.build)
+        known = known_policy(entry, self.build)
+        failures = {**(known.failures if known else {}), **self._crashed_layouts}
+        remember_policy(entry, self.build, surroundings.repack, failures)
 
 
 def differences(planned: tuple[DeviceMemory, ...], allocated: tuple[DeviceMemory, ...]) -> list[str]:

@@ -11,7 +11,7 @@ import ctypes
 from typing import Any
 
 from qnext.engine.llama.binding import EngineFailure, buffer_types, ggml, llama
-from qnext.plan.values import Placement
+from qnext.plan.values import Override, Placement
 
 LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
@@ -27,6 +27,15 @@ GGML_TYPES = {
     "bf16": 30,
 }
 """KV cache types of `--cache-type-k` by their ggml type number."""
+
+
+def placement_from_message(fields: dict[str, Any]) -> Placement:
+    """A Placement from its JSON form (lists become tuples)."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    values["overrides"] = tuple(Override(**override) for override in fields["overrides"])
+    return Placement(**values)
 
 
 class _BufferOverride(ctypes.Structure):

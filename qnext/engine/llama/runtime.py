@@ -17,11 +17,11 @@ from typing import Any
 from qnext.engine.llama import binding
 from qnext.engine.llama.binding import EngineFailure
 from qnext.engine.llama.memory import ContextMemory
-from qnext.engine.llama.params import ModelParams, context_params
+from qnext.engine.llama.params import ModelParams, context_params, placement_from_message
 from qnext.engine.llama.sampling import sampler_chain
 from qnext.engine.llama.text import TextStream
 from qnext.engine.protocol import Message
-from qnext.plan.values import Override, Placement
+from qnext.plan.values import Placement
 
 SIGN_OF_LIFE_S = 5.0
 """A long operation that has nothing to say says so this often, or the parent would take it for hung."""
@@ -31,15 +31,6 @@ Stream = Callable[..., None]
 
 class Cancelled(Exception):
     """The parent asked for the running operation to stop."""
-
-
-def placement_from_message(fields: dict[str, Any]) -> Placement:
-    """A Placement from its JSON form (lists become tuples)."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    values["overrides"] = tuple(Override(**override) for override in fields["overrides"])
-    return Placement(**values)
 
 
 class Runtime:
@@ -65,6 +56,7 @@ class Runtime:
         operations: dict[str, Callable[..., dict[str, Any]]] = {
             "describe": self.describe,
             "open": self.open,
+            "warm_up": self.warm_up,
             "dry_run": self.dry_run,
             "tokenize": self.tokenize,
             "generate": self.generate,
@@ -116,6 +108,16 @@ class Runtime:
             "bos": self._token_text(lib.llama_vocab_bos(self._vocab)),
             "eos": self._token_text(lib.llama_vocab_eos(self._vocab)),
         }
+
+    def warm_up(self) -> dict[str, Any]:
+        """Decode two tokens, then one, and forget them: what the first use costs, or breaks, is over then."""
+        lib, memory = binding.llama(), self._ready_memory()
+        token = max(0, lib.llama_vocab_bos(self._vocab))
+        self._decode([token, token])
+        self._decode([token])
+        lib.llama_synchronize(self._context)
+        memory.clear()
+        return {}
 
     def _token_text(self, token: int) -> str:
         """The token's text in the vocabulary, empty for -1 (there is no such token)."""
