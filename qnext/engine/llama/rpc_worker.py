@@ -23,7 +23,7 @@ def main() -> None:
     devices = (ctypes.c_void_p * 1)(cpu.handle)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     binding.ggml("ggml_backend_rpc_start_server")(f"{host}:{port}".encode(), None, threads, 1, devices)
-    sys.exit(1)
+    os._exit(1)  # the other thread holds standard input, which a regular exit would trip over
 
 
 def _end_with_parent() -> None:
