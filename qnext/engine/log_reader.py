@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from qnext.plan.values import HOST, Budget, DeviceMemory
 from qnext.units import MIB
 
+SIZE_LINE = "buffer size ="
+"""What every line that states an allocation contains."""
+
 _SIZE_LINE = re.compile(
     r":\s+(?P<buffer>\S+)\s+(?P<part>model|KV|RS|compute|output) buffer size =\s+(?P<mib>[\d.]+) MiB"
 )

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self, cast
 
 from qnext.engine.child import child_environment, silence_limit
 from qnext.engine.crash import EngineCrashError, explain_exit, interesting_tail
+from qnext.engine.log_reader import SIZE_LINE
 from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
 from qnext.errors import EngineError
 from qnext.plan.values import Placement
@@ -54,6 +55,7 @@ class EngineSession:
     ) -> None:
         self._silence_limit_s = silence_limit() if silence_limit_s is None else silence_limit_s
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._size_lines: list[str] = []
         self._log_changed = threading.Condition()
         self._log_ended = False
         self._mark_seen = 0
@@ -101,6 +103,12 @@ class EngineSession:
             return tuple(self._log)
 
     @property
+    def size_lines(self) -> tuple[str, ...]:
+        """Every log line since the model was opened that states a buffer's size, however long the log."""
+        with self._log_changed:
+            return tuple(self._size_lines)
+
+    @property
     def alive(self) -> bool:
         """Whether the child still runs."""
         return self._process.poll() is None
@@ -132,10 +140,10 @@ class EngineSession:
         self._request("trying the first tokens", {"op": "warm_up"})
 
     def dry_run(self, model: str, placement: Placement) -> list[str]:
-        """Simulate the allocation without reading weights; returns the log lines that state it."""
+        """Simulate the allocation without reading weights; returns the `size_lines` that state it."""
         self._forget_log()
         self._request("planning memory", {"op": "dry_run", "model": model, "placement": asdict(placement)})
-        return list(self.log)
+        return list(self.size_lines)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, control tokens recognised."""
@@ -319,6 +327,8 @@ class EngineSession:
             # A mark stands alone on its line unless native code left a line unfinished before it.
             text, mark, number = raw.decode(errors="replace").rstrip("\r\n").partition(LOG_MARK)
             with self._log_changed:
+                if SIZE_LINE in text and len(self._size_lines) < LOG_LINES_KEPT:
+                    self._size_lines.append(text)
                 if not text.startswith(_NOISE) and (text or not mark):
                     self._log.append(text)
                 if mark and number.isdigit():
@@ -340,6 +350,7 @@ class EngineSession:
     def _forget_log(self) -> None:
         with self._log_changed:
             self._log.clear()
+            self._size_lines.clear()
         self._amx_in_use = False
 
     def _finish_threads(self) -> None:

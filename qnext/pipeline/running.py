@@ -137,7 +137,7 @@ class RunningModel:
         self._session = EngineSession()
         plan = self.planned.plan
         facts = self._session.open(self.planned.model.path, plan.placement, on_progress=self._on_progress)
-        sizes = read_buffer_sizes(self._session.log)
+        sizes = read_buffer_sizes(self._session.size_lines)
         self._session.warm_up()
         budgets = {budget.name: budget for budget in self.planned.budgets}
         wanted = {device.name: budgets[device.name] for device in plan.devices}
