@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,7 +59,7 @@ def run(
     finished: list[TestResult] = []
     record_ids: list[str] = []
     try:
-        with progress_bar(f"loading {model}") as show:
+        with progress_bar(f"loading {Path(model).name}") as show:
 
             def on_sample(test: Scenario, done: int, total: int) -> None:
                 share = (len(finished) + done / total) / len(tests)

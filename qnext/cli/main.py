@@ -27,6 +27,11 @@ def main() -> NoReturn:
         code = INTERRUPTED
     except BrokenPipeError:
         code = _reader_gone()
+    except SystemExit as ended:
+        # Typer's own answer to a closed pipe is to exit with 1.
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code = _reader_gone()
     sys.exit(code)
 
 

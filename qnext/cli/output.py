@@ -46,12 +46,16 @@ def print_table(table: RenderableType) -> None:
     """A table or other renderable on stdout."""
     from rich.console import Console
 
-    Console(highlight=False).print(table)
+    # Uncropped: a path in a command may be longer than the line, and has to stay whole.
+    Console(highlight=False).print(table, crop=False)
 
 
 def note(text: str) -> None:
-    """One remark on stderr about what is going on."""
-    _write_stderr("qnext: ", text)
+    """One remark on stderr about what is going on. A line quoted from a log (`  | …`) stays as it is."""
+    if text.startswith("  | "):
+        sys.stderr.write(f"{text}\n")
+    else:
+        _write_stderr("qnext: ", text)
 
 
 def print_error(error: QnextError) -> None:

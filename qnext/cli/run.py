@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -112,7 +113,7 @@ def run(
     wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     request = make_request(model, flags)
     try:
-        with progress_bar(f"loading {model}") as show:
+        with progress_bar(f"loading {Path(model).name}") as show:
             chat = ChatRun(
                 request,
                 find_paths(),
@@ -167,7 +168,8 @@ def _answer_once(chat: ChatRun, text: str, json_output: bool) -> None:
         turn = stream_answer(chat, text, silent=json_output)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
-        note(f"what was said so far is above; record {chat.record_id} is marked interrupted, without speeds")
+        said = "what was said so far is above" if chat.conversation.cut_off else "nothing was said yet"
+        note(f"{said}; record {chat.record_id} is marked interrupted and has no speeds")
         raise
     for warning in turn_warnings(turn, chat.max_tokens):
         note(warning)

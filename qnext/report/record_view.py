@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qnext.pipeline.conversation import Turn
 from qnext.plan.plan import Plan
-from qnext.plan.values import DeviceMemory
+from qnext.plan.values import DeviceMemory, SpeedRange
 from qnext.report.words import MEMORY_PARTS, digits, forecast, local_time, plural, speed, test_words
 from qnext.store.record import Record, TestResult
 from qnext.units import format_bytes
@@ -130,12 +130,17 @@ def test_line(test: TestResult) -> str:
 def turn_line(turn: Turn, plan: Plan) -> str:
     """The line after an answer: prefill and decode, measured beside predicted."""
     fresh = turn.prompt_tokens - turn.cached_tokens
-    kept = f" ({turn.cached_tokens:,} more were still known)" if turn.cached_tokens else ""
+    kept = f" (+{turn.cached_tokens:,} known)" if turn.cached_tokens else ""
+    forecasts = plan.prediction
     return (
-        f"prefill {plural(fresh, 'token')}{kept}: {speed(turn.prefill_tps)}, predicted "
-        f"{forecast(plan.prediction.prefill_tps)}; decode {plural(turn.generated, 'token')}: "
-        f"{speed(turn.decode_tps)}, predicted {forecast(plan.prediction.decode_tps)}"
+        f"prefill {plural(fresh, 'token')}{kept} {speed(turn.prefill_tps)}, predicted "
+        f"{_mid(forecasts.prefill_tps)}; decode {plural(turn.decodes, 'token')} {speed(turn.decode_tps)}, "
+        f"predicted {_mid(forecasts.decode_tps)}"
     )
+
+
+def _mid(tps: SpeedRange | None) -> str:
+    return "nothing" if tps is None else digits(tps.mid)
 
 
 def history_view(records: Sequence[Record]) -> RenderableType:
