@@ -26,6 +26,8 @@ from qnext.plan.values import Placement
 SIGN_OF_LIFE_S = 5.0
 """A long operation that has nothing to say says so this often, or the parent would take it for hung."""
 
+WARM_UP_TOKENS = 32
+
 Stream = Callable[..., None]
 
 
@@ -110,10 +112,15 @@ class Runtime:
         }
 
     def warm_up(self) -> dict[str, Any]:
-        """Decode two tokens, then one, and forget them: what the first use costs, or breaks, is over then."""
+        """Decode a few tokens together, then one, and forget them: what first use costs or breaks is over.
+
+        The tokens are all the same, so that they need few experts, and enough for the matrix kernels.
+        """
         lib, memory = binding.llama(), self._ready_memory()
+        assert self._placement is not None
+        count = min(WARM_UP_TOKENS, self._placement.batch, lib.llama_n_ctx_seq(self._context) - 1)
         token = max(0, lib.llama_vocab_bos(self._vocab))
-        self._decode([token, token])
+        self._decode([token] * count)
         self._decode([token])
         lib.llama_synchronize(self._context)
         memory.clear()
