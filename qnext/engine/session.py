@@ -372,6 +372,7 @@ _HINTS = {
     "load": "The engine's last log lines above say why; `qnext plan` checks the file and the memory.",
     "device": "Check -ot, --rpc and --device-memory against what this engine has.",
     "context": "Not enough memory for it: try a smaller --ctx-size or --ubatch, or -ctk q8_0 -ctv q8_0.",
+    "empty": "Give a prompt of at least one character.",
     "context_full": "Start afresh with /reset, or give more room with --ctx-size.",
 }
 

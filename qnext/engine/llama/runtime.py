@@ -20,6 +20,7 @@ from qnext.engine.llama.memory import ContextMemory
 from qnext.engine.llama.params import ModelParams, context_params, placement_from_message
 from qnext.engine.llama.sampling import sampler_chain
 from qnext.engine.llama.text import TextStream
+from qnext.engine.llama.vocabulary import Vocabulary
 from qnext.engine.protocol import Message
 from qnext.plan.values import Placement
 
@@ -43,7 +44,7 @@ class Runtime:
         self._stream = stream
         self._abort_flag = ctypes.create_string_buffer(2)
         self._model: Any = None
-        self._vocab: Any = None
+        self._vocabulary: Vocabulary | None = None
         self._context: Any = None
         self._placement: Placement | None = None
         self._context_size: int | None = None
@@ -99,16 +100,16 @@ class Runtime:
         self._load(model, placement_from_message(placement), no_alloc=False)
         self._context_size = context
         self._make_context(context)
-        lib = binding.llama()
+        lib, vocabulary = binding.llama(), self._open_vocabulary()
         return {
             "load_ns": time.perf_counter_ns() - started,
             "context": lib.llama_n_ctx(self._context),
             "context_per_sequence": lib.llama_n_ctx_seq(self._context),
             "batch": lib.llama_n_batch(self._context),
             "ubatch": lib.llama_n_ubatch(self._context),
-            "vocabulary": lib.llama_vocab_n_tokens(self._vocab),
-            "bos": self._token_text(lib.llama_vocab_bos(self._vocab)),
-            "eos": self._token_text(lib.llama_vocab_eos(self._vocab)),
+            "vocabulary": vocabulary.size,
+            "bos": vocabulary.text(vocabulary.bos),
+            "eos": vocabulary.text(vocabulary.eos),
         }
 
     def warm_up(self) -> dict[str, Any]:
@@ -119,19 +120,12 @@ class Runtime:
         lib, memory = binding.llama(), self._ready_memory()
         assert self._placement is not None
         count = min(WARM_UP_TOKENS, self._placement.batch, lib.llama_n_ctx_seq(self._context) - 1)
-        token = max(0, lib.llama_vocab_bos(self._vocab))
+        token = max(0, self._open_vocabulary().bos)
         self._decode([token] * count)
         self._decode([token])
         lib.llama_synchronize(self._context)
         memory.clear()
         return {}
-
-    def _token_text(self, token: int) -> str:
-        """The token's text in the vocabulary, empty for -1 (there is no such token)."""
-        if token < 0:
-            return ""
-        text: bytes = binding.llama().llama_vocab_get_text(self._vocab, token)
-        return text.decode(errors="replace")
 
     def dry_run(self, model: str, placement: dict[str, Any]) -> dict[str, Any]:
         """Metadata-only load and simulated allocation: the log then holds KV, state and compute sizes."""
@@ -145,7 +139,7 @@ class Runtime:
         self._free_context()
         if self._model is not None:
             lib.llama_model_free(self._model)
-            self._model = None
+        self._model = self._vocabulary = None
         return {}
 
     def _load(self, model: str, placement: Placement, *, no_alloc: bool) -> None:
@@ -161,7 +155,7 @@ class Runtime:
             if self.cancel_requested.is_set():
                 raise Cancelled
             raise EngineFailure("load", "llama.cpp could not load the model")
-        self._vocab = lib.llama_model_get_vocab(self._model)
+        self._vocabulary = Vocabulary(self._model)
         self._placement = placement
 
     def _report_progress(self, share: float, _user_data: object) -> bool:
@@ -189,18 +183,7 @@ class Runtime:
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> dict[str, Any]:
         """Token ids of `text`; with `special`, control tokens written out in it count as such."""
-        return {"tokens": self._tokenize(text, special, add_bos)}
-
-    def _tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
-        lib = binding.llama()
-        self._require_model()
-        raw = text.encode(errors="replace")
-        size = len(raw) + 8
-        array = (lib.llama_token * size)()
-        count = lib.llama_tokenize(self._vocab, raw, len(raw), array, size, add_bos, special)
-        if count < 0:
-            raise EngineFailure("tokenize", "llama.cpp could not tokenise the text")
-        return list(array[:count])
+        return {"tokens": self._open_vocabulary().tokenize(text, special=special, add_bos=add_bos)}
 
     def generate(
         self,
@@ -217,8 +200,8 @@ class Runtime:
         token comes out of the prefill. `stop_reason` is eos, length, context or stop.
         """
         lib = binding.llama()
-        tokens = self._tokenize(text, special=True, add_bos=bool(lib.llama_vocab_get_add_bos(self._vocab)))
-        memory = self._ready_memory()
+        vocabulary, memory = self._open_vocabulary(), self._ready_memory()
+        tokens = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos)
         limit = lib.llama_n_ctx_seq(self._context)
         if not tokens:
             raise EngineFailure("empty", "the prompt is empty")
@@ -239,10 +222,10 @@ class Runtime:
             while generated < room:
                 token = lib.llama_sampler_sample(chain, self._context, -1)
                 generated += 1
-                if lib.llama_vocab_is_eog(self._vocab, token) and not ignore_eos:
+                if vocabulary.ends_generation(token) and not ignore_eos:
                     reason = "eos"
                     break
-                self._stream("token", text=shown.feed(self._piece(token)), id=token)
+                self._stream("token", text=shown.feed(vocabulary.piece(token)), id=token)
                 if shown.stopped:
                     reason = "stop"
                     break
@@ -265,13 +248,15 @@ class Runtime:
             "stop_reason": reason,
         }
 
-    def _require_model(self) -> None:
-        if self._model is None:
+    def _open_vocabulary(self) -> Vocabulary:
+        """The open model's vocabulary. Raises EngineFailure when no model is open."""
+        if self._vocabulary is None:
             raise EngineFailure("not_open", "no model is open")
+        return self._vocabulary
 
     def _ready_memory(self) -> ContextMemory:
         """The context's memory; a benchmark before this has freed the context, so make it again."""
-        self._require_model()
+        self._open_vocabulary()
         if self._memory is None:
             self._make_context(self._context_size)
         assert self._memory is not None
@@ -313,15 +298,6 @@ class Runtime:
             self._last_sign = time.monotonic()
             self._stream("alive")
 
-    def _piece(self, token: int) -> bytes:
-        lib = binding.llama()
-        buffer = ctypes.create_string_buffer(256)
-        length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        if length < 0:
-            buffer = ctypes.create_string_buffer(-length)
-            length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[:length]
-
     def abort(self) -> None:
         """Make a running decode return at the next graph node (called from the reading thread)."""
         self._abort_flag[0] = b"\1"
@@ -341,14 +317,14 @@ class Runtime:
         and synchronises after each. `depth` tokens are evaluated first, their state kept and restored for
         the later runs. Streams a `sample` event (ns) as each run ends.
         """
-        self._require_model()
+        vocabulary = self._open_vocabulary().size
         assert self._placement is not None
         lib = binding.llama()
         self._make_context(prompt + generate + depth)
         placement = self._placement
         pool = binding.new_threadpool(placement.threads)
         binding.ggml("llama_attach_threadpool")(self._context, pool, None)
-        tokens = self._random_tokens(random.Random(seed))
+        tokens = _random_tokens(vocabulary, random.Random(seed))
         memory = self._ready_memory()
         saved: Any = None
         samples: list[int] = []
@@ -374,11 +350,6 @@ class Runtime:
             binding.free_threadpool(pool)
         return {"samples_ns": samples}
 
-    def _random_tokens(self, source: random.Random) -> Iterator[int]:
-        vocabulary = binding.llama().llama_vocab_n_tokens(self._vocab)
-        while True:
-            yield source.randrange(vocabulary)
-
     def _bench_prompt(self, tokens: Iterator[int], count: int) -> None:
         assert self._placement is not None
         done = 0
@@ -400,6 +371,11 @@ _ABORTED, _NO_ROOM = 2, 1
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+
+
+def _random_tokens(vocabulary: int, source: random.Random) -> Iterator[int]:
+    while True:
+        yield source.randrange(vocabulary)
 
 
 def _bytes_pointer(buffer: Any) -> Any:

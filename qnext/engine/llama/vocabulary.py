@@ -1,0 +1,52 @@
+"""A model's tokens: from text, to text, and which of them are special."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from qnext.engine.llama.binding import EngineFailure, llama
+
+
+class Vocabulary:
+    """The vocabulary of an open `model`, with which it must not be used any longer than that is open."""
+
+    def __init__(self, model: Any) -> None:
+        lib = llama()
+        self._vocab = lib.llama_model_get_vocab(model)
+        self.size: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.bos: int = lib.llama_vocab_bos(self._vocab)
+        self.eos: int = lib.llama_vocab_eos(self._vocab)
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    def text(self, token: int) -> str:
+        """The token as the vocabulary writes it, empty for -1 (there is no such token)."""
+        if token < 0:
+            return ""
+        text: bytes = llama().llama_vocab_get_text(self._vocab, token)
+        return text.decode(errors="replace")
+
+    def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
+        """Token ids of `text`; with `special`, control tokens written out in it count as such."""
+        lib = llama()
+        raw = text.encode(errors="replace")  # half a surrogate pair is no character
+        size = len(raw) + 8
+        array = (lib.llama_token * size)()
+        count = lib.llama_tokenize(self._vocab, raw, len(raw), array, size, add_bos, special)
+        if count < 0:
+            raise EngineFailure("tokenize", "llama.cpp could not tokenise the text")
+        return list(array[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for, maybe a part of a character; control tokens have none."""
+        lib = llama()
+        buffer = ctypes.create_string_buffer(256)
+        length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:length]
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether the model says with this token that it is done."""
+        return bool(llama().llama_vocab_is_eog(self._vocab, token))
