@@ -49,7 +49,7 @@ def run(
     from qnext.config import find_paths
     from qnext.errors import UsageError
     from qnext.pipeline.benching import BenchWatch, run_bench
-    from qnext.report.record_view import record_view, test_line
+    from qnext.report.record_view import record_view, result_line
     from qnext.store.record import TestResult, record_to_dict
 
     tests = scenarios(parse_counts(prompts, "-p"), parse_counts(generates, "-n"), parse_counts(depths, "-d"))
@@ -71,7 +71,7 @@ def run(
 
             def on_test(result: TestResult) -> None:
                 finished.append(result)
-                note(test_line(result))
+                note(result_line(result))
 
             watch = BenchWatch(on_load=show, on_start=on_start, on_sample=on_sample, on_test=on_test)
             record = run_bench(request, tests, repetitions, find_paths(), note, sys.argv[1:], watch)

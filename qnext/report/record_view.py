@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qnext.pipeline.conversation import Turn
 from qnext.plan.plan import Plan
 from qnext.plan.values import DeviceMemory, SpeedRange
-from qnext.report.words import MEMORY_PARTS, digits, forecast, local_time, plural, speed, test_words
+from qnext.report.words import MEMORY_PARTS, digits, forecast, local_time, plural, scenario_words, speed
 from qnext.store.record import Record, TestResult
 from qnext.units import format_bytes
 
@@ -42,7 +42,7 @@ def record_view(record: Record, *, samples: bool = False) -> Group:
     ]
     parts: list[RenderableType] = [headline, *(Text(fact, style="dim") for fact in facts if fact), Text()]
     if record.tests:
-        parts += [tests_table(record.tests), Text(_LEGEND, style="dim"), Text()]
+        parts += [speed_table(record.tests), Text(_LEGEND, style="dim"), Text()]
     parts.append(memory_comparison(record.planned, record.allocated))
     for test in record.tests if samples else ():
         times = ", ".join(f"{ns / 1e6:.1f}" for ns in test.samples_ns)
@@ -65,7 +65,7 @@ def run_view(record: Record) -> Group:
     return Group(*parts)
 
 
-def tests_table(tests: Sequence[TestResult]) -> RenderableType:
+def speed_table(tests: Sequence[TestResult]) -> RenderableType:
     """A row per test: measured median and spread, forecast, share of the bandwidth ceiling."""
     from rich.table import Table
 
@@ -90,7 +90,7 @@ def _answers_table(tests: Sequence[TestResult]) -> RenderableType:
     for title in ("tokens (at depth)", "measured", "predicted"):
         table.add_column(title, justify="left" if title.startswith("tokens") else "right")
     for test in tests:
-        what = test_words(test.prompt, test.generate, test.depth)
+        what = scenario_words(test.prompt, test.generate, test.depth)
         table.add_row(what, speed(test.median_tps), forecast(test.predicted_tps))
     return table
 
@@ -119,7 +119,7 @@ def memory_comparison(planned: Sequence[DeviceMemory], allocated: Sequence[Devic
     return table
 
 
-def test_line(test: TestResult) -> str:
+def result_line(test: TestResult) -> str:
     """One finished test in a line."""
     return (
         f"{test.name}: {speed(test.median_tps)} ({digits(test.low_tps)}–{digits(test.high_tps)}, "

@@ -10,7 +10,7 @@ from qnext.plan.values import SpeedRange
 MEMORY_PARTS = (
     ("weights", "weights_bytes"),
     ("KV cache", "kv_bytes"),
-    ("recurrent state", "recurrent_bytes"),
+    ("recurrent", "recurrent_bytes"),
     ("compute", "compute_bytes"),
     ("other", "other_bytes"),
     ("total", "total_bytes"),
@@ -50,7 +50,7 @@ def local_time(utc: str) -> str:
     return datetime.fromisoformat(utc).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def test_words(prompt: int, generate: int, depth: int) -> str:
+def scenario_words(prompt: int, generate: int, depth: int) -> str:
     """What a test is, in words: `prefill 512`, `decode 128 at 4,096`, `prefill 512 + decode 128`."""
     parts = [f"{word} {count:,}" for word, count in (("prefill", prompt), ("decode", generate)) if count]
     return " + ".join(parts) + (f" at {depth:,}" if depth else "")
