@@ -25,8 +25,9 @@ from qnext.plan.values import Placement
 
 logger = logging.getLogger(__name__)
 
-PROBE_SILENCE_LIMIT_S = 30.0
-PROBE_TOKENS = 4
+PROBE_SILENCE_LIMIT_S = 60.0
+PROBE_TOKENS = 2
+"""One from the prefill, one from a decode. Few, because each costs seconds where other work fills the cores."""
 ORDER: tuple[RepackPolicy, ...] = ("full", "experts", "off")
 LAYOUT_CRASHES = ("crash", "amx", "abort", "illegal")
 """Ways of ending (`EngineCrashError.kind`) that a weight layout may be the cause of."""
@@ -45,8 +46,8 @@ def safe_repack_policy(
 ) -> ProbeResult:
     """The first layout of `ORDER` under which the demo `model` says its words; cached in file `entry`.
 
-    `placements` gives the placement of each layout. The prompt should be longer than one ubatch, so that
-    both the matrix and the vector kernels run. Raises EngineError when no layout works at all.
+    `placements` gives the placement of each layout. The prompt should be some hundred tokens long, for the
+    matrix kernels; decoding runs the vector kernels. Raises EngineError when no layout works at all.
     """
     known = known_policy(entry, build)
     if known is not None:
@@ -92,7 +93,7 @@ def _run(model: Path, prompt: str, placement: Placement) -> None:
     """Load, prefill and decode a little in a child of its own; raises EngineError if it dies or errs."""
     from qnext.models.synth import DEMO_SENTENCE
 
-    small = replace(placement, context=1024, batch=512, ubatch=512)
+    small = replace(placement, context=1024, batch=1024, ubatch=1024)
     with EngineSession(silence_limit_s=PROBE_SILENCE_LIMIT_S) as session:
         session.open(str(model), small)
         events = session.generate(prompt, max_tokens=PROBE_TOKENS, sampling={})
