@@ -57,7 +57,7 @@ def problem(
     for device, size in (gpus or {}).items():
         if device.startswith("RPC"):
             servers.append(f"127.0.0.1:{50052 + len(servers)}")
-            budgets.append(Budget(device, "rpc", size, f"{device}[{servers[-1]}]"))
+            budgets.append(Budget(device, "rpc", size, f"RPC0[{servers[-1]}]"))
         else:
             budgets.append(Budget(device, "gpu", size, device))
     traits = {HOST: host_traits(features)}

@@ -65,8 +65,9 @@ def allocated_devices(sizes: Iterable[BufferSize], budgets: Mapping[str, Budget]
         for name, budget in budgets.items()
     }
     gpu_names = [name for name in budgets if name != HOST]
+    owners = {budget.buffer_type: name for name, budget in budgets.items()}
     for size in sizes:
-        name = device_of_buffer(size.buffer, gpu_names)
+        name = owners.get(size.buffer) or device_of_buffer(size.buffer, gpu_names)
         field = _PART_FIELDS[size.part]
         devices[name] = replace(devices[name], **{field: getattr(devices[name], field) + size.bytes})
     return tuple(devices.values())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from qnext.config import Paths
 from qnext.engine.dry_run import DryRunner
-from qnext.engine.log_reader import BufferSize, device_of_buffer
+from qnext.engine.log_reader import BufferSize
 from qnext.errors import DoesNotFitError, EngineError
 from qnext.pipeline.locate import LocatedModel, locate_model
 from qnext.pipeline.request import Request
@@ -88,7 +88,7 @@ def settle_placement(problem: Problem, runner: DryRunner) -> tuple[Placement, Pr
     placement = choose_placement(problem).placement
     most: dict[str, int] = {}
     for rounds_left in reversed(range(_DRY_RUN_ROUNDS)):
-        compute = compute_per_device(runner.measure(placement), placement.devices)
+        compute = compute_per_device(runner.measure(placement), problem.used(placement))
         for name, size in compute.items():
             most[name] = max(most.get(name, 0), size)
         again = choose_placement(replace(problem, compute=most)).placement
@@ -106,12 +106,13 @@ def _fits(problem: Problem, runner: DryRunner) -> bool:
     return check_placement(measured, placement).fits
 
 
-def compute_per_device(sizes: list[BufferSize], devices: tuple[str, ...]) -> dict[str, int]:
-    """Compute-buffer bytes per device of a dry run's log."""
-    totals = dict.fromkeys((HOST, *devices), 0)
+def compute_per_device(sizes: list[BufferSize], devices: list[DeviceTraits]) -> dict[str, int]:
+    """Compute-buffer bytes per device of a dry run's log; every buffer that is no device's is the host's."""
+    totals = dict.fromkeys((HOST, *(device.name for device in devices)), 0)
+    owners = {device.buffer_type: device.name for device in devices}
     for size in sizes:
         if size.part == "compute":
-            totals[device_of_buffer(size.buffer, devices)] += size.bytes
+            totals[owners.get(size.buffer, HOST)] += size.bytes
     return totals
 
 

@@ -37,7 +37,8 @@ def make_budgets(
     """Host first, then the machine's GPUs, then one RPC device per server. Bytes throughout.
 
     `ram` and `vram` (for every GPU) replace what was detected, `device_memory` one device by engine name. An
-    RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM. Where
+    RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM. Devices
+    are numbered over all workers, each of which is taken to offer one, but buffers by worker. Where
     CPU and GPU share one memory, what the GPUs may use is taken off the host's share, unless both are named.
     Raises HardwareError when RAM is unknown, UsageError for a device that is not there.
     """
@@ -62,7 +63,7 @@ def make_budgets(
             raise UsageError(
                 f"how much memory may be used on {name} ({server})?", hint=f"Add --device-memory {name}=8G."
             )
-        budgets.append(Budget(name, "rpc", named.pop(name), f"{name}[{server}]"))
+        budgets.append(Budget(name, "rpc", named.pop(name), f"RPC0[{server}]"))
     if named:
         known = ", ".join(budget.name for budget in budgets)
         raise UsageError(
