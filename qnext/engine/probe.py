@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SILENCE_LIMIT_S = 60.0
 PROBE_TOKENS = 2
-"""One from the prefill, one from a decode. Few, because each costs seconds where other work fills the cores."""
+"""One from the prefill, one from a decode. Few: each takes seconds where other work fills the cores."""
 ORDER: tuple[RepackPolicy, ...] = ("full", "experts", "off")
 LAYOUT_CRASHES = ("crash", "amx", "abort", "illegal")
 """Ways of ending (`EngineCrashError.kind`) that a weight layout may be the cause of."""
