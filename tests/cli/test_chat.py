@@ -50,18 +50,14 @@ def test_a_conversation_with_all_its_commands(terminal: Open, qnext: Qnext) -> N
     assert record["text"] is None
 
 
-def test_ctrl_c_while_the_prompt_is_read_keeps_the_conversation(terminal: Open) -> None:
-    chat = terminal("run", "demo", columns=120)
+def test_ctrl_c_while_the_prompt_is_read_leaves_the_chat_open(terminal: Open) -> None:
+    chat = terminal("run", "demo", "--system", "word " * 12_000, columns=120)
     chat.wait_for(PROMPT)
     chat.type("Hello\n")
-    chat.wait_for(PROMPT)
-    chat.type("word " * 12_000 + "\n")
     chat.wait_for("reading the prompt")
     chat.type(CTRL_C)
     chat.wait_for("stopped; all before it is kept", timeout=5)
     chat.wait_for(PROMPT)
-    chat.type("Hello\n")
-    assert "Your engine works" in chat.wait_for(PROMPT)
     chat.type("/exit\n")
     assert chat.wait() == 0
 
