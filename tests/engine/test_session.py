@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 CPU = Placement(threads=1, threads_batch=1, context=2048)
 QUESTION = "<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n"
-LONG_QUESTION = "<|im_start|>user\n" + "What can you do for me? " * 50 + "<|im_end|>\n<|im_start|>assistant\n"
+LONG_QUESTION = "<|im_start|>user\n" + "What can you do for me? " * 40 + "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def text_of(events: Iterator[Message]) -> str:
