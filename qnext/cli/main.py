@@ -20,7 +20,7 @@ def main() -> NoReturn:
         sys.stdout.write(f"qnext {__version__}\n")
         sys.exit(0)
     try:
-        code = _run(sys.argv[1:] or ["--help"])
+        code = run_command(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write("\nqnext: stopped\n")
@@ -35,7 +35,8 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
+    """Run `qnext ARGUMENTS` in this process and return its exit code. Raises KeyboardInterrupt for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal or file that is not Unicode shows '?' for what it lacks instead of ending the program.
         if hasattr(stream, "reconfigure"):

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from qnext.cli.main import run_command
 from tests.conftest import ROOT, Qnext
 
 
@@ -39,13 +41,27 @@ from tests.conftest import ROOT, Qnext
         (["synth", "nosuch", "-o", "x.gguf"], 5, "nosuch", "qwen3-next-80b-a3b"),
     ],
 )
-def test_two_lines_and_a_code(qnext: Qnext, arguments: list[str], code: int, error: str, hint: str) -> None:
-    done = qnext(*arguments)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("qnext: ")]
-    assert done.returncode == code, done.stderr
-    assert len(said) == 2, done.stderr
+def test_two_lines_and_a_code(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    error: str,
+    hint: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", StringIO())
+    assert run_command(arguments) == code
+    told = capsys.readouterr().err
+    said = [line for line in told.splitlines() if not line.startswith("qnext: ")]
+    assert len(said) == 2, told
     assert said[0].startswith("error: ") and error in said[0]
     assert said[1].startswith("  try: ") and hint in said[1]
+
+
+def test_the_exit_status_is_that_code(qnext: Qnext) -> None:
+    done = qnext("plan", "nosuch.gguf")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert len(done.stderr.splitlines()) == 2
 
 
 def test_a_broken_file_is_one_error(qnext: Qnext, demo_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What joins the history of a chat when an answer ends, is stopped, or fails. No engine: its events are given."""
+"""What joins the history of a chat when an answer ends, is stopped, or fails."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_recorded_command_has_no_text_of_the_user() -> None:
         "demo",
         "-phi there",
         "--prompt=hi there",
-        "--system",
+        "-sys",
         "be kind",
         "-c",
         "256",
