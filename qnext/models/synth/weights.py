@@ -29,6 +29,9 @@ _WINDOW_BYTES = 4 * MIB
 _ROW = 2048
 _CHUNK_ROWS = 32
 _DEVIATION = 0.02
+_ATTENTION_GAIN = 0.05
+"""Weight of the norm before attention. Random attention averages over all tokens; undamped, layer after layer
+of it makes them alike, and alike tokens go to the same experts."""
 
 
 class Quantizer(Protocol):
@@ -130,10 +133,12 @@ def _computed(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.floating
     import numpy as np
 
     count = int(np.prod(spec.shape))
+    if spec.name.endswith("attn_norm.weight"):
+        return np.full(count, _ATTENTION_GAIN)
     if spec.name.endswith("norm.weight"):
         return np.ones(count)
     if spec.name.endswith("ssm_a"):
         return -np.linspace(0.05, 1, count)  # decay rates: from a long memory to a short one
     if spec.name.endswith("ssm_conv1d.weight"):
         return rng.normal(0, spec.shape[0] ** -0.5, count)
-    return rng.normal(0, 0.02, count)
+    return rng.normal(0, _DEVIATION / 20, count)  # biases are common to all tokens: keep them below the rest
