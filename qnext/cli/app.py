@@ -14,7 +14,7 @@ import typer
 from qnext.cli.verbose import Verbose
 
 COMMANDS = {
-    "run": "Chat with a model, or answer one --prompt; forecast beside measurement.",
+    "run": "Chat with a model, or answer one --prompt.",
     "plan": "Show what goes where in memory, and how fast it should be.",
     "bench": "Measure speeds, and look at what was measured.",
     "synth": "Write a model file of true shape with random weights.",
@@ -28,19 +28,20 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:
     """The application with the one command that `arguments` name, and stand-ins for the others."""
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
     app = typer.Typer(
         name="qnext",
         help="Plan, run and measure mixture-of-experts models through llama.cpp.\n\n"
         'Start with: qnext run demo --prompt "Hello"',
         epilog="More about a command: qnext COMMAND --help",
-        rich_markup_mode="rich",
+        # The list of commands needs no panels, and Rich's help would double the time it takes to appear.
+        rich_markup_mode=None if wanted is None else "rich",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
         context_settings=SETTINGS,
     )
     app.callback()(_root)
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         if name != wanted:
             app.command(name, help=summary)(_stand_in)

@@ -97,7 +97,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Chat with a model, or answer one --prompt; forecast beside measurement.
+    """Chat with a model, or answer one --prompt. Speeds are shown beside the forecast.
 
     Example: qnext run demo --prompt "Hello"
     """

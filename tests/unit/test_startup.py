@@ -49,6 +49,7 @@ def test_help_loads_no_command_and_no_heavy_package(arguments: list[str]) -> Non
         "llama_cpp",
         "jinja2",
         "gguf",
+        "rich.table",
     }
     assert not loaded & heavy
     rooms = {name.split(".")[1] for name in loaded if name.startswith("qnext.")}
