@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from environment import engine
@@ -43,15 +44,20 @@ def make_environment(root: Path, venv: Path) -> None:
         if _is_ready(place):
             return
         wants_engine = not place.env.get("QNEXT_NO_ENGINE")
+        scratch = venv / "qnext-scratch"
+        place = replace(place, env={**place.env, "TMPDIR": str(scratch)})
         (venv / "qnext-ready").unlink(missing_ok=True)
         compiling = ", then llama.cpp is compiled, 4 to 8 minutes on 2 cores; only this once"
         say(
             f"setting up its private environment in {venv}: packages about 1 minute{compiling * wants_engine}"
         )
         _make_venv(place)
+        shutil.rmtree(scratch, ignore_errors=True)  # pip leaves its temporary folders when it is killed
+        scratch.mkdir()
         _install_packages(place, lock)
         _link_checkout(place)
         note = _install_engine(place, lock) if wants_engine else _intact_engine(place)
+        shutil.rmtree(scratch, ignore_errors=True)
         _write_stamp(place, note)
         say(f"ready in {spell_duration(time.monotonic() - began)}")
 
