@@ -43,10 +43,11 @@ def installed_build() -> EngineBuild | None:
     record = distribution.read_text("RECORD") or ""
     libraries = {line.split(",")[0].rsplit("/", 1)[-1] for line in record.splitlines() if "libggml-" in line}
     backends = {name.removeprefix("libggml-").split(".")[0] for name in libraries} - {"base"}
+    name = distribution.name.replace("_", "-")
     return EngineBuild(
-        name=distribution.name,
+        name=name,
         version=distribution.version,
-        llama_commit=_LLAMA_COMMITS.get(distribution.version) if distribution.name == DISTRIBUTION else None,
+        llama_commit=_LLAMA_COMMITS.get(distribution.version) if name == DISTRIBUTION else None,
         digest=hashlib.sha256(record.encode()).hexdigest()[:16],
         backends=tuple(sorted(backends)),
     )

@@ -148,9 +148,9 @@ def _what_instead(start: bytes) -> tuple[str, str]:
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page", "The server sent a page instead of the model: sign in or check the address."
     if head.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer", "Only the pointer was cloned: run `git lfs pull`, or `qnext pull`."
+        return "a git-LFS pointer", "Only the pointer was cloned: run `git lfs pull`."
     if head.startswith(b'{"error'):
-        return "an error message of a server", "Read the file, then get the model with `qnext pull`."
+        return "an error message of a server", "Read the file, then download the model again."
     if head.startswith(b"pk\x03\x04") or start[8:9] == b"{":
         return (
             "PyTorch or safetensors weights",

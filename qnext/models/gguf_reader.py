@@ -100,7 +100,7 @@ def _require_all(path: Path, paths: Sequence[Path]) -> None:
         raise ModelError(
             f"{path}: expected {len(paths)} shards beside each other, "
             f"found no {', '.join(missing[:3])}{more} in {path.parent}",
-            hint="Get the missing shards with `qnext pull`; all of them must lie in one folder.",
+            hint="Download the missing shards; all of them must lie in one folder.",
         )
 
 
@@ -134,5 +134,5 @@ def _check_tensor_count(shards: Sequence[ShardHeader], found: int) -> None:
 def _mismatch(shard: ShardHeader, expected: str, found: str) -> ModelError:
     return ModelError(
         f"{shard.name}: expected {expected}, found {found}",
-        hint="The shards are not of one set: get them again with `qnext pull`. " + DAMAGED,
+        hint="The shards are not of one set: download them again. " + DAMAGED,
     )

@@ -26,8 +26,8 @@ _FIRST_WINDOW = 64 << 10
 _LARGEST_WINDOW = 4 << 20
 _RUN = 64
 
-DAMAGED = "The file is damaged: get it again with `qnext pull`, or make it again if you converted it."
-UNFINISHED = "The download did not finish: run `qnext pull` again, it resumes."
+DAMAGED = "The file is damaged: download it again, or make it again if you converted it."
+UNFINISHED = "The download did not finish: resume it with the program that began it."
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -70,7 +70,7 @@ class FileSource:
                 f"{self.name} is a link to a file that is gone"
                 if dangling
                 else f"{self.name} does not exist",
-                hint="Check the path, or get the model with `qnext pull`.",
+                hint="Check the path; for a model that is always there: qnext run demo",
             ) from error
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise ModelError(

@@ -54,7 +54,12 @@ def run_bench(
         warnings: list[str] = []
         try:
             for test in tests:
+                planned = model.planned
                 result, found = _measure(model, test, repetitions, watch)
+                if model.planned is not planned:
+                    # The engine crashed and went on with a safer layout: other speeds, hence another record.
+                    store.finish(record.id, "failed", warnings=warnings, error=model.warnings[0])
+                    record, warnings = _start(model, store, tests, repetitions, command), []
                 warnings += found
                 store.add_test(record.id, result)
                 if watch.on_test is not None:

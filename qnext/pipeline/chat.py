@@ -39,34 +39,49 @@ class ChatRun:
         sampling: dict[str, float],
     ) -> None:
         self.max_tokens = max_tokens
+        self._texts = (prompt, system)
+        self._command = command
+        self._store = ResultStore(paths.results_db)
+        self._finished = False
         self.model = RunningModel(request, paths, notice, on_progress)
-        self._notice = notice
+        try:
+            self.conversation = self._converse(notice, system, raw, sampling)
+            self._record = self._begin_record()
+        except BaseException:
+            self.model.close()
+            raise
+
+    def _converse(
+        self, notice: Notice, system: str | None, raw: bool, sampling: dict[str, float]
+    ) -> Conversation:
+        """A conversation with the file's own template and sampling, the caller's `sampling` first."""
         facts, header = self.model.opened.facts, self.model.planned.model.header
         template = None if raw else chat_template(header, bos=str(facts["bos"]), eos=str(facts["eos"]))
         if template is None and not raw:
             notice("the file has no chat template; sending prompts as they are")
-        self.conversation = Conversation(
+        return Conversation(
             self.model,
             template,
             {**sampling_defaults(header), **sampling},
             system=system,
-            max_tokens=max_tokens,
+            max_tokens=self.max_tokens,
         )
-        self._store = ResultStore(paths.results_db)
-        self._finished = False
-        self._record = new_record(
-            self.model.planned,
-            self.model.build,
-            "run",
-            self.model.opened.allocated,
-            without_text(command, prompt, system),
-            {},
-        )
-        self._store.start(self._record)
+
+    def _begin_record(self) -> Record:
+        model = self.model
+        command = without_text(self._command, *self._texts)
+        record = new_record(model.planned, model.build, "run", model.opened.allocated, command, {})
+        self._store.start(record)
+        self._recorded = model.planned
+        return record
 
     def say(self, text: str) -> Generator[Piece, None, None]:
         """Send one message; yields the answer as it streams and stores its speeds when it ends."""
         yield from self.conversation.say(text)
+        if self.model.planned is not self._recorded:
+            # The engine crashed and runs on with a safer layout: other speeds, hence another record.
+            self._store.finish(self._record.id, "failed", error=self.model.warnings[0])
+            self._record = self._begin_record()
         for test in self._tests(self.conversation.turns[-1]):
             self._store.add_test(self._record.id, test)
 

@@ -217,7 +217,7 @@ def test_every_truncation_is_refused() -> None:
 def test_an_unfinished_download_says_how_much_is_missing(tmp_path: Path) -> None:
     error = refusal(put(tmp_path, bytes(build(sample_metadata(), sample_tensors()).data)[:-3000]))
     assert "3000 bytes (3 KiB) are missing" in error.message
-    assert "qnext pull" in error.hint
+    assert "resume it" in error.hint
 
 
 def test_a_vocabulary_that_leads_into_the_weights_is_refused(tmp_path: Path) -> None:

@@ -68,9 +68,15 @@ def library_folder() -> Path:
 
 @cache
 def _library(name: str) -> ctypes.CDLL:
-    """One bundled ggml library by its stem; libllama has loaded it already, so this is only a handle."""
-    llama()
-    for pattern in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll"):
+    """One bundled ggml library by its stem, the copy that libllama itself has loaded.
+
+    A wheel holds no links: `libggml.so` and `libggml.so.0` are two files, libllama asks for the second, and
+    opening the first would load it again with a device registry of its own.
+    """
+    if name == "llama":
+        own: ctypes.CDLL = llama()._lib
+        return own
+    for pattern in (f"lib{name}.so.0", f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll"):
         path = library_folder() / pattern
         if path.exists():
             return ctypes.CDLL(str(path))

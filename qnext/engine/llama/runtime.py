@@ -201,7 +201,7 @@ class Runtime:
         """
         lib = binding.llama()
         vocabulary, memory = self._open_vocabulary(), self._ready_memory()
-        tokens = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos)
+        tokens = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos_to(text))
         limit = lib.llama_n_ctx_seq(self._context)
         if not tokens:
             raise EngineFailure("empty", "the prompt is empty")
@@ -263,11 +263,13 @@ class Runtime:
         return self._memory
 
     def _prefill(self, tokens: list[int], start: int) -> None:
+        """Evaluate `tokens` from `start` on, a ubatch at a time so that its progress can be told."""
         assert self._placement is not None and self._memory is not None
         pause = self._memory.checkpoint_position(len(tokens))
+        step = min(self._placement.ubatch, self._placement.batch)
         position = start
         while position < len(tokens):
-            end = min(position + self._placement.batch, len(tokens))
+            end = min(position + step, len(tokens))
             if pause is not None and position < pause < end:
                 end = pause
             self._decode(tokens[position:end])

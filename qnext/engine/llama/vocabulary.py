@@ -17,7 +17,11 @@ class Vocabulary:
         self.size: int = lib.llama_vocab_n_tokens(self._vocab)
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.eos: int = lib.llama_vocab_eos(self._vocab)
-        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self._adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    def adds_bos_to(self, text: str) -> bool:
+        """Whether a beginning-of-sequence token goes before `text`: not when a template has written it."""
+        return self._adds_bos and not (self.bos >= 0 and text.startswith(self.text(self.bos)))
 
     def text(self, token: int) -> str:
         """The token as the vocabulary writes it, empty for -1 (there is no such token)."""
