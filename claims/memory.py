@@ -34,7 +34,7 @@ def measure_dry_run() -> Figure:
 
 
 @cache
-def _compare() -> dict:
+def _compare() -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench_memory_exact.py")],
         cwd=ROOT,
@@ -42,4 +42,5 @@ def _compare() -> dict:
         text=True,
         check=False,
     )
-    return json.loads(done.stdout)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result

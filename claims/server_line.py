@@ -1,4 +1,4 @@
-"""The llama-server line of a plan does what the plan says: the real server takes it and allocates the same."""
+"""The llama-server line of a plan does what the plan says: the real server takes it, allocates the same."""
 
 from __future__ import annotations
 
