@@ -21,25 +21,25 @@ from qnext.plan.weights import PlacedTensor
 BANDWIDTH_EFFICIENCY = 0.70
 """Share of the measured read bandwidth that llama.cpp's CPU kernels reach on quantised experts."""
 GPU_EFFICIENCY = 0.60
-"""The same on a GPU, whose expert matrices are small for it; 2x RTX 3090, 104 t/s of an IQ4_XS 80B-A3B
-(github.com/ikawrakow/ik_llama.cpp/pull/1278)."""
+"""The same on a GPU, assumed; with it 2x RTX 3090 are forecast 16 % over the published 104 t/s of an IQ4_XS
+80B-A3B (github.com/ikawrakow/ik_llama.cpp/pull/1278)."""
 CPU_LAYER_NS = 60_000
-"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. The slope of
-true-shape slices of 4, 8 and 16 layers less their bytes, 2 threads."""
+"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. Assumed, about a
+microsecond a node; a busy machine takes several times that."""
 GPU_LAYER_NS = 80_000
 """Per layer and token on a GPU: kernel starts. RTX 5070 Ti + 5060 Ti, all of an IQ3 file, 114 t/s, of which
 the bytes explain a third (public llama-bench log)."""
 CROSSING_NS = 300_000
 """Per layer whose experts are on the CPU while the rest is on a GPU (0.3 ms on an RTX 4070 desktop)."""
 RPC_CALL_NS = 500_000
-"""Per token and RPC device, and per layer that crosses to one: a round trip on a local network."""
+"""Per token and RPC device, and per layer that crosses to one: a round trip on a local network. Assumed."""
 GFLOPS_PER_CORE = {"avx512": 45.0, "avx2": 25.0, "other": 12.0}
 """Quantised matrix products, per physical core; AVX-512 measured on a 2-core Xeon, 207 t/s prefill of a
 four-layer Q4_K slice of Qwen3-Next."""
 GPU_FLOPS_PER_BYTE = 11.0
 """Arithmetic of prefill per byte/s of VRAM bandwidth, ubatch 512: 1,535 t/s on cards of 896 and 448 GB/s."""
 LINK_EFFICIENCY = 0.6
-"""Share of the PCIe link's rate that copies of expert matrices reach."""
+"""Share of the PCIe link's rate that copies of expert matrices reach. Assumed."""
 RANGE = (0.5, 2.0)
 """What the forecast is multiplied by for its low and high end."""
 FALLBACK_RAM_BPS = 20_000_000_000
