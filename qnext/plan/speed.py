@@ -24,8 +24,8 @@ GPU_EFFICIENCY = 0.60
 """The same on a GPU, assumed; with it 2x RTX 3090 are forecast 16 % over the published 104 t/s of an IQ4_XS
 80B-A3B (github.com/ikawrakow/ik_llama.cpp/pull/1278)."""
 CPU_LAYER_NS = 60_000
-"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. Assumed, about a
-microsecond a node; a busy machine takes several times that."""
+"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. Assumed,
+about a microsecond a node; a busy machine takes several times that."""
 GPU_LAYER_NS = 80_000
 """Per layer and token on a GPU: kernel starts. RTX 5070 Ti + 5060 Ti, all of an IQ3 file, 114 t/s, of which
 the bytes explain a third (public llama-bench log)."""
