@@ -112,7 +112,7 @@ def test_layers_cross_wherever_their_experts_were_put_by_whatever_rule() -> None
 
 # Public figures of the 80B-A3B models: quant, RAM and VRAM bandwidth (GB/s), cores, CPU expert layers (None:
 # no GPU), decode t/s. Bandwidths are rated ones, those of RAM a guess where the source is silent; Q4_K_M
-# stands in for IQ4_XS and UD-Q4_K_XL; builds are of different dates. So the rule is an order of magnitude, no more.
+# stands in for IQ4_XS and UD-Q4_K_XL; builds are of different dates. So the rule is an order of magnitude.
 PUBLISHED = [
     ("RTX 3090 + 7950X, UD-Q4_K_XL, --n-cpu-moe 28", "Q4_K_M", 83, 936, 16, 28, 52.6),
     ("RTX 3090 + 7950X, UD-Q6_K_XL, --n-cpu-moe 34", "Q6_K", 83, 936, 16, 34, 35.6),
