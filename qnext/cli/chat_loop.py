@@ -81,7 +81,7 @@ def _answer(chat: ChatRun, line: str) -> None:
     else:
         for warning in turn_warnings(turn, chat.max_tokens):
             note(warning)
-        note(turn_line(turn, chat.model.planned.plan))
+        note(turn_line(turn, chat.model.planned))
 
 
 def _revive(chat: ChatRun) -> None:

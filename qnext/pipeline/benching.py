@@ -102,8 +102,7 @@ def _measure(
             samples.append(int(str(event["ns"])))
             if watch.on_sample is not None:
                 watch.on_sample(test, len(samples), repetitions)
-    planned = model.planned
-    result = test_result(test, samples, planned.plan, planned.surroundings.speeds.ram_bps)
+    result = test_result(test, samples, model.planned)
     return result, [f"{test.name}: {warning}" for warning in sample_warnings(samples)]
 
 

@@ -108,13 +108,13 @@ class ChatRun:
 
     def _tests(self, turn: Turn) -> Iterator[TestResult]:
         """Prefill and decode of one turn as tests with one sample each."""
-        plan, bandwidth = self.model.planned.plan, self.model.planned.surroundings.speeds.ram_bps
+        planned = self.model.planned
         fresh = turn.prompt_tokens - turn.cached_tokens
         if fresh and turn.prefill_ns:
-            yield test_result(Scenario(fresh, 0, turn.cached_tokens), [turn.prefill_ns], plan, bandwidth)
+            yield test_result(Scenario(fresh, 0, turn.cached_tokens), [turn.prefill_ns], planned)
         if turn.decodes and turn.decode_ns:
             decode = Scenario(0, turn.decodes, turn.prompt_tokens)
-            yield test_result(decode, [turn.decode_ns], plan, bandwidth)
+            yield test_result(decode, [turn.decode_ns], planned)
 
     def __enter__(self) -> Self:
         return self

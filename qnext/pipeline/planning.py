@@ -16,10 +16,10 @@ from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.budgets import make_budgets
 from qnext.plan.options import PlanOptions
 from qnext.plan.placement import Problem, check_placement
-from qnext.plan.plan import Plan, choose_placement, explain_misfit, make_plan
+from qnext.plan.plan import Plan, choose_placement, explain_misfit, forecast, make_plan
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits, device_traits, host_traits
-from qnext.plan.values import HOST, Budget, Placement
+from qnext.plan.values import HOST, Budget, Placement, Prediction, Workload
 from qnext.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,13 @@ class PlannedModel:
 
     model: LocatedModel
     surroundings: Surroundings
-    budgets: tuple[Budget, ...]
+    problem: Problem
     plan: Plan
+
+    def forecast(self, workload: Workload) -> Prediction:
+        """What the plan's placement should reach on another workload than the one it was made for."""
+        plan = self.plan
+        return forecast(self.problem, plan.placement, plan.devices, self.surroundings.speeds, workload)[0]
 
 
 def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
@@ -64,7 +69,7 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
         with closing(DryRunner(model.header, surroundings.build, paths.headers_dir)) as runner:
             plan = _plan_measured(request.model, problem, surroundings.speeds, runner)
     plan = replace(plan, warnings=(*surroundings.warnings, *plan.warnings))
-    return PlannedModel(model, surroundings, budgets, plan)
+    return PlannedModel(model, surroundings, problem, plan)
 
 
 def _plan_measured(model_ref: str, problem: Problem, speeds: MachineSpeeds, runner: DryRunner) -> Plan:

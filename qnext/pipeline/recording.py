@@ -12,7 +12,7 @@ from qnext.engine.build import EngineBuild
 from qnext.hardware import machine_fingerprint, machine_to_dict
 from qnext.pipeline.planning import PlannedModel
 from qnext.plan.plan import Plan
-from qnext.plan.values import HOST, DeviceMemory
+from qnext.plan.values import HOST, DeviceMemory, Workload
 from qnext.store.identity import digest_of, model_digest, new_record_id, utc_now
 from qnext.store.record import EngineIdentity, Identity, Kind, Record, TestResult
 
@@ -55,15 +55,15 @@ def new_record(
     )
 
 
-def test_result(scenario: Scenario, samples_ns: Sequence[int], plan: Plan, ram_bps: int | None) -> TestResult:
+def test_result(scenario: Scenario, samples_ns: Sequence[int], planned: PlannedModel) -> TestResult:
     """One test's samples with median, spread, forecast and share of the bandwidth ceiling.
 
     The ceiling is the decode speed at which RAM would be read at its full measured bandwidth; it is given
     for pure decode on the CPU only, where nothing else bounds it.
     """
     median, low, high = summarise(samples_ns, scenario.tokens)
-    prediction = plan.prediction
     decode = scenario.prompt == 0
+    prediction = planned.forecast(Workload(scenario.prompt, scenario.generate, scenario.depth))
     return TestResult(
         name=scenario.name,
         prompt=scenario.prompt,
@@ -74,7 +74,9 @@ def test_result(scenario: Scenario, samples_ns: Sequence[int], plan: Plan, ram_b
         low_tps=low,
         high_tps=high,
         predicted_tps=prediction.decode_tps if decode else prediction.prefill_tps,
-        bandwidth_share=bandwidth_share(plan, median, ram_bps) if decode else None,
+        bandwidth_share=bandwidth_share(planned.plan, median, planned.surroundings.speeds.ram_bps)
+        if decode
+        else None,
     )
 
 

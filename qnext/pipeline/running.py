@@ -139,7 +139,7 @@ class RunningModel:
         facts = self._session.open(self.planned.model.path, plan.placement, on_progress=self._on_progress)
         sizes = read_buffer_sizes(self._session.size_lines)
         self._session.warm_up()
-        budgets = {budget.name: budget for budget in self.planned.budgets}
+        budgets = {budget.name: budget for budget in self.planned.problem.budgets}
         wanted = {device.name: budgets[device.name] for device in plan.devices}
         allocated = allocated_devices(sizes, wanted)
         self.warnings = [

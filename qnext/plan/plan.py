@@ -6,7 +6,7 @@ run and of a bandwidth probe come in as values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from qnext.plan.flags import llama_server_argv, server_warnings
 from qnext.plan.options import CPU_UBATCH, DEFAULT_CONTEXT, GPU_UBATCHES, SMALLEST_CONTEXT
 from qnext.plan.placement import Placed, Problem, check_placement, find_placement
 from qnext.plan.speed import MachineSpeeds, predict_speed
-from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason
+from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, Workload
 from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
 
@@ -55,16 +55,8 @@ def make_plan(
     header, shape = problem.header, problem.shape
     placed = choose_placement(problem) if placement is None else check_placement(problem, placement)
     placement = placed.placement
-    used = problem.used(placement)
-    prediction, speed_reason = predict_speed(
-        shape,
-        placement,
-        assign_buffers(header, shape, placement, problem.traits[HOST], used),
-        placed.memory.devices,
-        {device.buffer_type: device.name for device in used},
-        speeds,
-        problem.options.workload,
-    )
+    memory = placed.memory.devices
+    prediction, speed_reason = forecast(problem, placement, memory, speeds, problem.options.workload)
     host = placed.memory.devices[0]
     return Plan(
         model_ref=model_ref,
@@ -86,6 +78,20 @@ def make_plan(
         reasons=(*_reasons(problem, placed), *placed.memory.reasons, speed_reason),
         warnings=(*server_warnings(placement), *_context_warnings(shape, placement)),
     )
+
+
+def forecast(
+    problem: Problem,
+    placement: Placement,
+    devices: Sequence[DeviceMemory],
+    speeds: MachineSpeeds,
+    workload: Workload,
+) -> tuple[Prediction, Reason]:
+    """Speeds of a placement for any workload, with the numbers they rest on. `devices` is its memory."""
+    used = problem.used(placement)
+    tensors = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
+    owners = {device.buffer_type: device.name for device in used}
+    return predict_speed(problem.shape, placement, tensors, devices, owners, speeds, workload)
 
 
 def explain_misfit(plan: Plan, problem: Problem, fits: Callable[[Problem], bool]) -> Plan:

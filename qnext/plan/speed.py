@@ -66,9 +66,13 @@ class MachineSpeeds:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one token costs on one device: weight bytes read, parameters multiplied, layers started."""
+    """What one token costs on one device: weight bytes read, parameters multiplied, layers started.
+
+    `expert_bytes` is the part of `bytes` that belongs to the experts this token chose.
+    """
 
     bytes: int = 0
+    expert_bytes: int = 0
     parameters: int = 0
     layers: int = 0
 
@@ -99,6 +103,7 @@ def active_work(
     """
     tied = all(item.tensor.name != "output.weight" for item in placed)
     read: dict[str, int] = {}
+    chosen: dict[str, int] = {}
     multiplied: dict[str, int] = {}
     layer_device: dict[int, str] = {}
     host_experts: dict[int, Crossing] = {}
@@ -113,6 +118,7 @@ def active_work(
             whole = size
             size = size * shape.experts_used // shape.experts
             count = count * shape.experts_used // shape.experts
+            chosen[device] = chosen.get(device, 0) + size
             if device == HOST:
                 so_far = host_experts.get(layer, Crossing())
                 host_experts[layer] = Crossing(1, so_far.bytes + whole, so_far.parameters + count)
@@ -131,7 +137,9 @@ def active_work(
             )
     homes = list(layer_device.values())
     work = {
-        device: Work(read.get(device, 0), multiplied.get(device, 0), homes.count(device))
+        device: Work(
+            read.get(device, 0), chosen.get(device, 0), multiplied.get(device, 0), homes.count(device)
+        )
         for device in dict.fromkeys((*read, *homes))
     }
     return Load(work, crossings)
@@ -150,7 +158,7 @@ def predict_speed(
     load = active_work(shape, placed, device_of_buffer)
     kinds = {device.name: device.kind for device in devices}
     decode_ns = _decode_ns(load, kinds, placement, devices, speeds, workload)
-    prefill_ns = _prefill_ns(load, kinds, placement, speeds, workload)
+    prefill_ns = _prefill_ns(load, shape, kinds, placement, speeds, workload)
     numbers: dict[str, float | int | str] = {
         "active_bytes_per_token": sum(work.bytes for work in load.work.values()),
         "host_bytes_per_token": load.work.get(HOST, Work()).bytes,
@@ -190,9 +198,17 @@ def _decode_ns(
 
 
 def _prefill_ns(
-    load: Load, kinds: Mapping[str, str], placement: Placement, speeds: MachineSpeeds, workload: Workload
+    load: Load,
+    shape: ModelShape,
+    kinds: Mapping[str, str],
+    placement: Placement,
+    speeds: MachineSpeeds,
+    workload: Workload,
 ) -> float:
-    """Time per token of a prompt of `workload.prompt` tokens, in ubatches of the placement's size."""
+    """Time per token of a prompt of `workload.prompt` tokens, in ubatches of the placement's size.
+
+    A short prompt is bound by reading, not by arithmetic: each of its tokens may choose other experts.
+    """
     tokens = max(1, min(placement.ubatch, workload.prompt))
     cores = max(1, min(placement.threads_batch, speeds.cores))
     cpu = GFLOPS_PER_CORE.get(speeds.instruction_set, GFLOPS_PER_CORE["other"]) * cores
@@ -211,9 +227,20 @@ def _prefill_ns(
             rate = (speeds.device_bps.get(name) or FALLBACK_GPU_BPS) * GPU_FLOPS_PER_BYTE / 1e9
             spent += 2 * parameters / rate
         else:
-            spent += 2 * parameters / cpu
+            reading = _bytes_read(load.work.get(name, Work()), shape, tokens) / tokens
+            reading_ns = reading / _bandwidth(name, kinds, speeds, placement.threads_batch) * 1e9
+            spent += max(2 * parameters / cpu, reading_ns)
     layers = sum(work.layers for work in load.work.values())
     return spent + layers * CPU_LAYER_NS / tokens
+
+
+def _bytes_read(work: Work, shape: ModelShape, tokens: int) -> float:
+    """Weight bytes that `tokens` tokens read together, each choosing its experts evenly and by itself."""
+    if not shape.experts or not work.expert_bytes:
+        return work.bytes
+    share = shape.experts_used / shape.experts
+    union = (1 - (1 - share) ** tokens) / share
+    return work.bytes - work.expert_bytes + work.expert_bytes * union
 
 
 def _bandwidth(device: str, kinds: Mapping[str, str], speeds: MachineSpeeds, threads: int) -> float:

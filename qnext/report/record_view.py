@@ -5,9 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from qnext.pipeline.conversation import Turn
-from qnext.plan.plan import Plan
-from qnext.plan.values import DeviceMemory, SpeedRange
+from qnext.plan.values import DeviceMemory, SpeedRange, Workload
 from qnext.report.words import MEMORY_PARTS, digits, forecast, local_time, plural, scenario_words, speed
 from qnext.store.record import Record, TestResult
 from qnext.units import format_bytes
@@ -16,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Group, RenderableType
+
+    from qnext.pipeline.conversation import Turn
+    from qnext.pipeline.planning import PlannedModel
 
 _LEGEND = "pp: prefill, reading the prompt. tg: decode, writing the answer. @ d: tokens already in context."
 
@@ -127,15 +128,16 @@ def result_line(test: TestResult) -> str:
     )
 
 
-def turn_line(turn: Turn, plan: Plan) -> str:
+def turn_line(turn: Turn, planned: PlannedModel) -> str:
     """The line after an answer: prefill and decode, measured beside predicted."""
     fresh = turn.prompt_tokens - turn.cached_tokens
     kept = f" (+{turn.cached_tokens:,} known)" if turn.cached_tokens else ""
-    forecasts = plan.prediction
+    prefill = planned.forecast(Workload(fresh, 0, turn.cached_tokens)).prefill_tps
+    decode = planned.forecast(Workload(0, turn.decodes, turn.prompt_tokens)).decode_tps
     return (
         f"prefill {plural(fresh, 'token')}{kept} {speed(turn.prefill_tps)}, predicted "
-        f"{_mid(forecasts.prefill_tps)}; decode {plural(turn.decodes, 'token')} {speed(turn.decode_tps)}, "
-        f"predicted {_mid(forecasts.decode_tps)}"
+        f"{_mid(prefill)}; decode {plural(turn.decodes, 'token')} {speed(turn.decode_tps)}, "
+        f"predicted {_mid(decode)}"
     )
 
 

@@ -94,7 +94,7 @@ def test_same_inputs_same_placement(name: str, sizes: list[int]) -> None:
 
 
 @fast
-@given(NAMES, st.integers(0, 80 * MIB), st.integers(8 * MIB, 80 * MIB), st.integers(1, 15))
+@given(NAMES, st.integers(0, 80 * MIB), st.integers(30 * MIB, 160 * MIB), st.integers(1, 15))
 def test_what_fits_at_a_context_fits_at_any_smaller_one(name: str, gpu: int, host: int, smaller: int) -> None:
     asked = problem(name, {"CUDA0": gpu}, host=host)
     assume(search(asked, replace(BASE, context=16_384)).fits)
