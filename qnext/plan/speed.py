@@ -18,14 +18,15 @@ from qnext.models.shape import ModelShape, is_expert, layer_of
 from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, SpeedRange, Workload
 from qnext.plan.weights import PlacedTensor
 
-BANDWIDTH_EFFICIENCY = 0.70
-"""Share of the measured read bandwidth that llama.cpp's CPU kernels reach on quantised experts."""
+BANDWIDTH_EFFICIENCY = 0.65
+"""Share of the measured read bandwidth that llama.cpp's CPU kernels reach on quantised experts: 0.55 on an
+eight-layer Q4_K_M slice of Qwen3-Next (2 cores of a Cascade Lake Xeon); rather more is assumed elsewhere."""
 GPU_EFFICIENCY = 0.60
 """The same on a GPU, assumed; with it 2x RTX 3090 are forecast 16 % over the published 104 t/s of an IQ4_XS
 80B-A3B (github.com/ikawrakow/ik_llama.cpp/pull/1278)."""
-CPU_LAYER_NS = 60_000
-"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. Assumed,
-about a microsecond a node; a busy machine takes several times that."""
+CPU_LAYER_NS = 120_000
+"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. The demo, whose
+bytes hardly count, takes 1.3 to 1.7 ms for its eight layers with 2 threads (`qnext bench run demo -n 64`)."""
 GPU_LAYER_NS = 80_000
 """Per layer and token on a GPU: kernel starts. RTX 5070 Ti + 5060 Ti, all of an IQ3 file, 114 t/s, of which
 the bytes explain a third (public llama-bench log)."""
@@ -33,9 +34,10 @@ CROSSING_NS = 300_000
 """Per layer whose experts are on the CPU while the rest is on a GPU (0.3 ms on an RTX 4070 desktop)."""
 RPC_CALL_NS = 500_000
 """Per token and RPC device, and per layer that crosses to one: a round trip on a local network. Assumed."""
-GFLOPS_PER_CORE = {"avx512": 45.0, "avx2": 25.0, "other": 12.0}
-"""Quantised matrix products, per physical core; AVX-512 measured on a 2-core Xeon, 207 t/s prefill of a
-four-layer Q4_K slice of Qwen3-Next."""
+GFLOPS_PER_CORE = {"avx512": 35.0, "avx2": 22.0, "other": 12.0}
+"""Quantised matrix products, per physical core. AVX-512: pp512 of Q4_K_M slices of Qwen3-Next gives 27 on a
+Cascade Lake Xeon (8 layers, 50 t/s) and 45 on a Sapphire Rapids (4 layers, 207 t/s), 2 cores each; the
+others are assumed."""
 GPU_FLOPS_PER_BYTE = 11.0
 """Arithmetic of prefill per byte/s of VRAM bandwidth, ubatch 512: 1,535 t/s on cards of 896 and 448 GB/s."""
 LINK_EFFICIENCY = 0.6
