@@ -17,6 +17,7 @@ from qnext.engine.build import EngineBuild
 from qnext.engine.cache import write_atomically
 from qnext.engine.log_reader import BufferSize, read_buffer_sizes
 from qnext.engine.session import EngineSession
+from qnext.errors import EngineError
 from qnext.models.header import ModelHeader
 from qnext.plan.values import Placement
 
@@ -51,6 +52,11 @@ class DryRunner:
             self.close()
             self._session = EngineSession()
         sizes = read_buffer_sizes(self._session.dry_run(self._model, placement))
+        if not any(size.part == "compute" for size in sizes):
+            raise EngineError(
+                "the engine's dry run did not tell its compute buffers",
+                hint="See why with -v.",
+            )
         write_atomically(entry, json.dumps([[size.buffer, size.part, size.bytes] for size in sizes]))
         return sizes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qnext.bench.names import Scenario
 from qnext.bench.statistics import sample_warnings
 from qnext.config import Paths, leaking_environment
-from qnext.errors import QnextError
+from qnext.errors import QnextError, UsageError
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.request import Request
 from qnext.pipeline.running import RunningModel
@@ -42,9 +42,11 @@ def run_bench(
     An error or Ctrl-C leaves the finished tests in the store, the record marked failed or interrupted, and
     goes on to the caller.
     """
+    if request.parallel != 1:
+        raise UsageError("a benchmark measures one sequence at a time", hint="Leave out -np.")
     largest = max(tests, key=lambda test: test.tokens + test.depth)
-    if request.context is None:
-        request = replace(request, context=_padded(largest.tokens + largest.depth))
+    needed = _padded(largest.tokens + largest.depth)
+    request = replace(request, context=max(needed, request.context or 0))
     request = replace(request, workload=_workload(tests))
     store = ResultStore(paths.results_db)
     with RunningModel(request, paths, notice, watch.on_load) as model:
@@ -53,13 +55,15 @@ def run_bench(
             watch.on_start(record.id)
         warnings: list[str] = []
         try:
-            for test in tests:
+            for number, test in enumerate(tests):
                 planned = model.planned
                 result, found = _measure(model, test, repetitions, watch)
                 if model.planned is not planned:
                     # The engine crashed and went on with a safer layout: other speeds, hence another record.
-                    store.finish(record.id, "failed", warnings=warnings, error=model.warnings[0])
-                    record, warnings = _start(model, store, tests, repetitions, command), []
+                    store.finish(record.id, "failed", warnings=warnings, error=model.last_crash)
+                    record, warnings = _start(model, store, tests[number:], repetitions, command), []
+                    if watch.on_start is not None:
+                        watch.on_start(record.id)
                 warnings += found
                 store.add_test(record.id, result)
                 if watch.on_test is not None:

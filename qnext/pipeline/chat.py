@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Self
 
 from qnext.bench.names import Scenario
 from qnext.config import Paths
-from qnext.errors import QnextError
+from qnext.errors import QnextError, StoreError
 from qnext.models.chat import chat_template, sampling_defaults
 from qnext.pipeline.conversation import Conversation, Piece, Turn
 from qnext.pipeline.recording import new_record, test_result
@@ -16,6 +17,8 @@ from qnext.pipeline.running import RunningModel
 from qnext.pipeline.surroundings import Notice
 from qnext.store.record import Record, Status, TestResult
 from qnext.store.results import ResultStore
+
+logger = logging.getLogger(__name__)
 
 
 class ChatRun:
@@ -80,7 +83,7 @@ class ChatRun:
         yield from self.conversation.say(text)
         if self.model.planned is not self._recorded:
             # The engine crashed and runs on with a safer layout: other speeds, hence another record.
-            self._store.finish(self._record.id, "failed", error=self.model.warnings[0])
+            self._store.finish(self._record.id, "failed", error=self.model.last_crash)
             self._record = self._begin_record()
         for test in self._tests(self.conversation.turns[-1]):
             self._store.add_test(self._record.id, test)
@@ -120,16 +123,28 @@ class ChatRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not self._finished:
-            # A reader that left (`| head`) ends a run as Ctrl-C does: nothing about it went wrong.
-            stopped = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit | BrokenPipeError)
-            self.finish("interrupted" if stopped else "failed", None if stopped else _what_happened(error))
-        self.model.close()
+        # A reader that left (`| head`) ends a run as Ctrl-C does: nothing about it went wrong.
+        stopped = error is None or isinstance(error, KeyboardInterrupt | GeneratorExit | BrokenPipeError)
+        try:
+            if not self._finished:
+                self.finish(
+                    "interrupted" if stopped else "failed", None if stopped else _what_happened(error)
+                )
+        except StoreError:
+            if error is None:
+                raise
+            logger.exception("the record could not be closed")  # what ended the run matters more
+        finally:
+            self.model.close()
 
 
 def _what_happened(error: BaseException | None) -> str:
     """The message of our own errors; of a bug only its type, since its message may quote what was said."""
     return error.message if isinstance(error, QnextError) else type(error).__name__
+
+
+_TEXT_OPTIONS = ("--prompt=", "-p", "--system=", "-sys", "-s")
+"""How an option with what is said attached to it may begin."""
 
 
 def without_text(command: Sequence[str], *texts: str | None) -> list[str]:
@@ -141,7 +156,9 @@ def without_text(command: Sequence[str], *texts: str | None) -> list[str]:
 
     def clean(word: str) -> str:
         for text in hidden:
-            if word == text or (word.startswith("-") and word.endswith(text)):
+            if word == text:
+                return "(text)"
+            if word.startswith(_TEXT_OPTIONS) and word.endswith(text):
                 return word[: -len(text)] + "(text)"
         return word
 

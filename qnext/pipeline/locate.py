@@ -33,8 +33,12 @@ def locate_model(ref: str, paths: Paths) -> LocatedModel:
 
         path = demo_path(paths.demo_dir)
     else:
-        path = Path(ref).expanduser()
-        if not path.exists():
+        try:
+            path = Path(ref).expanduser()
+            found = path.exists()
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"'{ref}' cannot be looked at: {error}", hint="Check the path.") from error
+        if not found:
             raise _not_found(ref)
     header = read_header(path)
     return LocatedModel(ref, header, read_shape(header))

@@ -154,6 +154,7 @@ def _options(request: Request, surroundings: Surroundings) -> PlanOptions:
         threads=surroundings.threads,
         threads_batch=surroundings.threads_batch,
         repack=surroundings.repack,
+        repack_asked=request.repack is not None,
         n_gpu_layers=request.n_gpu_layers,
         cpu_experts=request.cpu_experts,
         overrides=request.overrides,

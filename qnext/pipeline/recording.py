@@ -11,7 +11,6 @@ from qnext.bench.statistics import summarise
 from qnext.engine.build import EngineBuild
 from qnext.hardware import machine_fingerprint, machine_to_dict
 from qnext.pipeline.planning import PlannedModel
-from qnext.plan.plan import Plan
 from qnext.plan.values import HOST, DeviceMemory, Workload
 from qnext.store.identity import digest_of, model_digest, new_record_id, utc_now
 from qnext.store.record import EngineIdentity, Identity, Kind, Record, TestResult
@@ -74,15 +73,18 @@ def test_result(scenario: Scenario, samples_ns: Sequence[int], planned: PlannedM
         low_tps=low,
         high_tps=high,
         predicted_tps=prediction.decode_tps if decode else prediction.prefill_tps,
-        bandwidth_share=bandwidth_share(planned.plan, median, planned.surroundings.speeds.ram_bps)
-        if decode
-        else None,
+        bandwidth_share=bandwidth_share(planned, scenario, median) if decode else None,
     )
 
 
-def bandwidth_share(plan: Plan, tps: float, ram_bps: int | None) -> float | None:
-    """Bytes of RAM read per second at `tps` over the measured bandwidth; None when either is unknown."""
-    per_token = next(
+def bandwidth_share(planned: PlannedModel, scenario: Scenario, tps: float) -> float | None:
+    """Bytes of RAM read per second at `tps` over the measured bandwidth; None when either is unknown.
+
+    A token reads the active weights, the recurrent state and the cache as far as it is filled, on average
+    `depth` tokens and half of those generated.
+    """
+    plan, ram_bps = planned.plan, planned.surroundings.speeds.ram_bps
+    weights = next(
         (
             reason.numbers.get("host_bytes_per_token")
             for reason in plan.reasons
@@ -91,6 +93,9 @@ def bandwidth_share(plan: Plan, tps: float, ram_bps: int | None) -> float | None
         None,
     )
     on_host_only = not plan.placement.devices and plan.devices[0].name == HOST
-    if not on_host_only or not ram_bps or not isinstance(per_token, int):
+    if not on_host_only or not ram_bps or not isinstance(weights, int):
         return None
-    return round(per_token * tps / ram_bps, 4)
+    host, placement = plan.devices[0], plan.placement
+    filled = min(1.0, (scenario.depth + scenario.generate / 2) / placement.context)
+    state = host.kv_bytes * filled + host.recurrent_bytes / placement.parallel
+    return round((weights + state) * tps / ram_bps, 4)

@@ -62,6 +62,7 @@ class RunningModel:
         self._planner = planner
         self._session: EngineSession | None = None
         self._crashed_layouts: dict[str, str] = {}
+        self.last_crash: str | None = None
         self.warnings: list[str] = []
         self.planned = planner(request, paths, notice)
         self.build = require_this_machine(self.planned.surroundings)
@@ -169,7 +170,7 @@ class RunningModel:
             for line in error.log_tail:
                 self._notice(f"  | {line}")
             self._notice(f"{error.message}; trying again with --repack {safer}")
-            self._crashed_layouts[current] = error.message
+            self._crashed_layouts[current] = self.last_crash = error.message
             self.planned = planned
             return True
         return False

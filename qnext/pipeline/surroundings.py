@@ -19,6 +19,7 @@ from qnext.engine.build import EngineBuild, installed_build
 from qnext.engine.cache import write_atomically
 from qnext.errors import EngineError, HardwareError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
+from qnext.pipeline.engine_devices import add_engine_gpus
 from qnext.pipeline.request import Request
 from qnext.plan.budgets import engine_name
 from qnext.plan.options import RepackPolicy
@@ -46,7 +47,6 @@ class Surroundings:
     this_machine: bool
     build: EngineBuild | None
     repack: RepackPolicy
-    repack_failures: tuple[str, ...]
     speeds: MachineSpeeds
     threads: int
     threads_batch: int
@@ -58,15 +58,16 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     this_machine = request.hardware is None
     machine = detect_machine(paths.data_dir) if request.hardware is None else load_machine(request.hardware)
     build = installed_build() if this_machine else None
+    if build is not None:
+        machine = add_engine_gpus(machine, build)
     machine, warnings = _usable_gpus(machine, build)
     threads, threads_batch = _threads(machine)
-    repack, failures = _repack_policy(request, machine, build, paths, threads, notice)
+    repack = _repack_policy(request, machine, build, paths, threads, notice)
     return Surroundings(
         machine=machine,
         this_machine=this_machine,
         build=build,
         repack=repack,
-        repack_failures=failures,
         speeds=_speeds(machine, this_machine, threads, paths, notice),
         threads=request.threads or threads,
         threads_batch=request.threads_batch or request.threads or threads_batch,
@@ -101,13 +102,13 @@ def _threads(machine: Machine) -> tuple[int, int]:
 
 def _repack_policy(
     request: Request, machine: Machine, build: EngineBuild | None, paths: Paths, threads: int, notice: Notice
-) -> tuple[RepackPolicy, tuple[str, ...]]:
+) -> RepackPolicy:
     """The asked-for layout, else the probed one; without an engine to probe, AMX counts as a risk."""
     if request.repack is not None:
-        return request.repack, ()
+        return request.repack
     if build is None:
         has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
-        return ("experts" if has_amx else "full"), ()
+        return "experts" if has_amx else "full"
     from qnext.engine.probe import safe_repack_policy
     from qnext.models.gguf_reader import read_header
     from qnext.models.synth import demo_path
@@ -123,8 +124,7 @@ def _repack_policy(
         "experts": replace(plain, overrides=repack_overrides(read_header(model), host)),
         "off": plain,
     }
-    result = safe_repack_policy(model, _PROBE_PROMPT, placements, build, entry)
-    return result.policy, tuple(f"{layout}: {why}" for layout, why in result.failures.items())
+    return safe_repack_policy(model, _PROBE_PROMPT, placements, build, entry).policy
 
 
 def layout_entry(paths: Paths, machine: Machine, build: EngineBuild) -> Path:

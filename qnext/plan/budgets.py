@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from qnext.errors import HardwareError, UsageError
 from qnext.hardware.machine import Gpu, Machine
 from qnext.plan.values import HOST, Budget
-from qnext.units import GIB, MIB, format_bytes
+from qnext.units import GIB, MIB
 
 _ENGINE_NAMES = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "MTL", "sycl": "SYCL"}
 """llama.cpp's device name for the first device of a backend is this followed by 0."""
@@ -51,9 +51,10 @@ def make_budgets(
     for position, gpu in enumerate(machine.gpus):
         name = engine_name(gpu, position)
         size = named.pop(name, vram)
+        both_named = forced and size is not None
         if size is None:
             size = _shared_bytes(gpu, host) if machine.unified_memory else _gpu_bytes(gpu)
-        if machine.unified_memory and not forced:
+        if machine.unified_memory and not both_named:
             host = max(0, host - size)
         gpus.append(Budget(name, "gpu", size, name))
     budgets = [Budget(HOST, "host", host, HOST), *gpus]
@@ -70,13 +71,6 @@ def make_budgets(
             f"there is no device named {', '.join(sorted(named))}", hint=f"This machine has: {known}."
         )
     return tuple(budgets)
-
-
-def describe_margin(machine: Machine) -> str:
-    """One line on what the host budget leaves free."""
-    total = _host_bytes(machine)
-    margin = total - _less_margin(total, HOST_MARGIN_SHARE, HOST_MARGIN_BYTES)
-    return f"{format_bytes(total)} free, {format_bytes(margin)} left for the engine itself and other programs"
 
 
 def _host_bytes(machine: Machine) -> int:

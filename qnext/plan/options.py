@@ -40,6 +40,7 @@ class PlanOptions:
     threads: int = 1
     threads_batch: int = 1
     repack: RepackPolicy = "full"
+    repack_asked: bool = False
     n_gpu_layers: int | None = None
     cpu_experts: int | None = None
     overrides: tuple[Override, ...] = ()

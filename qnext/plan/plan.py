@@ -216,7 +216,8 @@ def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
                 numbers={"trained": shape.context_train, "default": DEFAULT_CONTEXT},
             )
         )
-    if placement.devices and problem.options.ubatch is None and placement.ubatch in GPU_UBATCHES:
+    chosen = problem.options.ubatch is None and placement.ubatch in GPU_UBATCHES
+    if placement.cpu_expert_layers and placement.devices and chosen:
         reasons.append(
             Reason(
                 what=f"ubatch {placement.ubatch}",
@@ -226,7 +227,9 @@ def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
             )
         )
     if not placement.devices:
-        reasons.append(_REPACK_REASONS[problem.options.repack])
+        asked = problem.options.repack_asked
+        reason = _REPACK_REASONS[problem.options.repack]
+        reasons.append(replace(reason, because="asked for with --repack") if asked else reason)
     return reasons
 
 

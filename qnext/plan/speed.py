@@ -4,8 +4,7 @@ Decode reads every active weight once per token: the routed experts that were ch
 cache up to the depth. Each device reads its share at its own bandwidth, one after the other, and every layer
 costs a little for starting its graph nodes, more when it crosses between devices. Prefill is bound by
 arithmetic, 2 operations per active parameter, on the device that multiplies; a GPU first copies the CPU's
-experts over its link, once per ubatch. The constants are stated here and the range is wide: a forecast from
-a measured slice or from this machine's history replaces it when there is one.
+experts over its link, once per ubatch. The constants are stated here, and the range is wide.
 """
 
 from __future__ import annotations

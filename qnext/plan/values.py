@@ -106,7 +106,7 @@ class DeviceMemory:
     """Bytes on one device, planned or allocated; the same keys in plans and records so they lie side by side.
 
     `kv_bytes` is the attention cache, `recurrent_bytes` the DeltaNet/SSM state, `compute_bytes` the graph's
-    scratch buffer, `other_bytes` the rest (output buffer, file mapping, repack copies).
+    scratch buffer, `other_bytes` the output buffer. Mapped files and repacked copies count as weights.
     """
 
     name: str

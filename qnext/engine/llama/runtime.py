@@ -233,6 +233,7 @@ class Runtime:
                     reason = "length" if room == max_tokens else "context"
                     break
                 self._decode([token])
+                lib.llama_synchronize(self._context)
                 last = time.perf_counter_ns()
         finally:
             lib.llama_sampler_free(chain)
