@@ -5,8 +5,8 @@ Imports stay light: `--version` answers before Typer is loaded, and only the com
 
 from __future__ import annotations
 
-import os
 import gc
+import os
 import sys
 from typing import NoReturn
 
