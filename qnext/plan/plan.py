@@ -17,7 +17,15 @@ from qnext.plan.flags import llama_server_argv, server_warnings
 from qnext.plan.options import CPU_UBATCH, DEFAULT_CONTEXT, GPU_UBATCHES, SMALLEST_CONTEXT
 from qnext.plan.placement import Placed, Problem, check_placement, find_placement
 from qnext.plan.speed import MachineSpeeds, predict_speed
-from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, Workload
+from qnext.plan.values import (
+    HOST,
+    DeviceMemory,
+    Placement,
+    Prediction,
+    Reason,
+    Workload,
+    device_to_dict,
+)
 from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
 
@@ -136,11 +144,6 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "reasons": [asdict(reason) for reason in plan.reasons],
         "warnings": list(plan.warnings),
     }
-
-
-def device_to_dict(device: DeviceMemory) -> dict[str, Any]:
-    """One entry of `devices`, the total included."""
-    return {**asdict(device), "total_bytes": device.total_bytes}
 
 
 def choose_placement(problem: Problem) -> Placed:

@@ -8,7 +8,7 @@ projections, ctypes parameters (`qnext.engine.llama.params`) and a llama-server 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 HOST = "CPU"
@@ -124,6 +124,11 @@ class DeviceMemory:
         return (
             self.weights_bytes + self.kv_bytes + self.recurrent_bytes + self.compute_bytes + self.other_bytes
         )
+
+
+def device_to_dict(device: DeviceMemory) -> dict[str, object]:
+    """One entry of `devices` in the JSON of plans and records, the total included."""
+    return {**asdict(device), "total_bytes": device.total_bytes}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from qnext.errors import StoreError
-from qnext.plan.values import DeviceMemory, SpeedRange
+from qnext.plan.values import DeviceMemory, SpeedRange, device_to_dict
 
 SCHEMA = "qnext.record/1"
 
@@ -161,21 +161,6 @@ def record_from_dict(data: Mapping[str, Any]) -> Record:
         raise _damaged(f"key {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise _damaged(str(error)) from error
-
-
-def device_to_dict(device: DeviceMemory) -> dict[str, Any]:
-    """One entry of `devices`, with the same keys as in a plan."""
-    return {
-        "name": device.name,
-        "kind": device.kind,
-        "budget_bytes": device.budget_bytes,
-        "weights_bytes": device.weights_bytes,
-        "kv_bytes": device.kv_bytes,
-        "recurrent_bytes": device.recurrent_bytes,
-        "compute_bytes": device.compute_bytes,
-        "other_bytes": device.other_bytes,
-        "total_bytes": device.total_bytes,
-    }
 
 
 def device_from_dict(data: Mapping[str, Any]) -> DeviceMemory:

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from qnext.errors import StoreError, UsageError
-from qnext.plan.values import DeviceMemory
+from qnext.plan.values import DeviceMemory, device_to_dict
 from qnext.store.database import opened
-from qnext.store.record import Kind, Record, Status, TestResult, device_to_dict
+from qnext.store.record import Kind, Record, Status, TestResult
 from qnext.store.rows import record_of, run_row, storable, test_row
 
 
