@@ -1,9 +1,8 @@
 """qnext's measurements against llama-bench's, and weight layouts against each other.
 
-Both on a true-shape slice of Qwen3-Next-80B-A3B (Q4_K_M, eight layers, random weights, 7 GB), made for the
-occasion and removed afterwards. The two sides take turns and the order is reversed every other round, so
-that heat and other load strike both; what is compared is the median over all samples of a side, and the
-ratio of each round's pair.
+Both on a true-shape slice of Qwen3-Next-80B-A3B (Q4_K_M, eight layers, random weights, 8 GB), made for the
+occasion and removed afterwards. The two sides are in memory together and run in turns of a tenth of a second
+(`claims._turns`); the figure is the median ratio of the pairs, runs of both that fell into the same moments.
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from statistics import median
+from typing import TYPE_CHECKING
 
 from claims import CannotMeasure, Figure, claim
+from claims._turns import LlamaBench, QnextBench, Samples, Side, take_turns
+
+if TYPE_CHECKING:
+    from qnext.bench.statistics import PairedRatio
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 6
-SAMPLES = 2
+LOADS = 2
+"""Each side is loaded so often, in the other order each time: where its pages come to lie may matter."""
+SAMPLES = 5
 PROMPT, GENERATE = 512, 128
 SLICE_LAYERS = 8
-_NEEDS_BYTES = 20 << 30
-
-Samples = dict[str, list[int]]
-"""Nanoseconds per test name."""
+_NEEDS_BYTES = 21 << 30
 
 
 @claim("bench-pp512", "pp512 of an 8-layer slice: qnext / llama-bench", bar="within 2 %", minutes=8)
@@ -53,31 +54,27 @@ def measure_repack_decode() -> Figure:
 
 def _agreement(test: str) -> Figure:
     ours, theirs = _against_llama_bench()
-    ratio = median(theirs[test]) / median(ours[test])
-    return Figure(ratio, "x", abs(ratio - 1) <= 0.02, _rounds_text(theirs[test], ours[test]))
+    pairs = _pairs(theirs[test], ours[test])
+    return Figure(pairs.ratio, "x", abs(pairs.ratio - 1) <= 0.02, _pairs_text(pairs))
 
 
 def _gain(test: str) -> Figure:
     experts, plain = _layouts()
-    ratio = median(plain[test]) / median(experts[test])
+    pairs = _pairs(plain[test], experts[test])
+    return Figure(pairs.ratio, "x", pairs.low > 1, _pairs_text(pairs))
+
+
+def _pairs(slow: list[int], fast: list[int]) -> PairedRatio:
     from qnext.bench.statistics import paired_ratio
 
-    pairs = paired_ratio(_by_round(plain[test]), _by_round(experts[test]))
-    return Figure(ratio, "x", ratio > 1 and pairs.low > 1, _rounds_text(plain[test], experts[test]))
+    return paired_ratio(slow, fast)
 
 
-def _rounds_text(slow: list[int], fast: list[int]) -> str:
-    from qnext.bench.statistics import paired_ratio
-
-    pairs = paired_ratio(_by_round(slow), _by_round(fast))
+def _pairs_text(pairs: PairedRatio) -> str:
     return (
-        f"{len(fast)} samples a side in {ROUNDS} interleaved rounds; pairs {pairs.low:.3f}–{pairs.high:.3f} "
-        f"at {pairs.confidence:.0%}"
+        f"median of {pairs.pairs} pairs run in turns over {LOADS} loads; {pairs.low:.3f}–{pairs.high:.3f} at "
+        f"{pairs.confidence:.0%}"
     )
-
-
-def _by_round(samples: list[int]) -> list[int]:
-    return [round(median(samples[at : at + SAMPLES])) for at in range(0, len(samples), SAMPLES)]
 
 
 @cache
@@ -86,56 +83,50 @@ def _against_llama_bench() -> tuple[Samples, Samples]:
     bench = _llama_bench()
     with _slice() as (model, home):
         layout = _safe_layout(home)
-        repack = "1" if layout == "full" else "0"
         theirs = [
             str(bench), "-m", str(model), "-p", str(PROMPT), "-n", str(GENERATE), "-r", str(SAMPLES),
-            "-t", _threads(), "-ngl", "0", "-fa", "1", "-lm", "none", "--repack", repack, "-o", "json",
+            "-t", _threads(), "-ngl", "0", "-fa", "1", "-lm", "none", "--progress", "-o", "jsonl",
+            "--repack", "1" if layout == "full" else "0",
         ]  # fmt: skip
-        return _interleave(
-            lambda: _qnext(model, home, "full" if layout == "full" else "off"), lambda: _theirs(theirs)
-        )
+        ours = "full" if layout == "full" else "off"
+        return _compare(lambda: (_qnext(model, home, ours), LlamaBench(theirs)))
 
 
 @cache
 def _layouts() -> tuple[Samples, Samples]:
     """(experts in CPU_REPACK, file layout)."""
     with _slice() as (model, home):
-        return _interleave(lambda: _qnext(model, home, "experts"), lambda: _qnext(model, home, "off"))
+        _safe_layout(home)
+        return _compare(lambda: (_qnext(model, home, "experts"), _qnext(model, home, "off")))
 
 
-def _interleave(first: Callable[[], Samples], second: Callable[[], Samples]) -> tuple[Samples, Samples]:
+def _compare(sides: Callable[[], tuple[Side, Side]]) -> tuple[Samples, Samples]:
+    """Samples of both sides, the same number of each test, in pairs of about the same moment."""
     gathered: tuple[Samples, Samples] = ({}, {})
-    for number in range(ROUNDS):
-        sides = [(0, first), (1, second)]
-        for index, measure in sides if number % 2 == 0 else reversed(sides):
-            for name, samples in measure().items():
-                gathered[index].setdefault(name, []).extend(samples)
-            print(f"  round {number + 1} of {ROUNDS}, side {index + 1} done", file=sys.stderr, flush=True)
+    for load in range(LOADS):
+        first, second = sides()
+        if load % 2:
+            other, one = take_turns(second, first, ROOT)
+        else:
+            one, other = take_turns(first, second, ROOT)
+        for samples, new in zip(gathered, (one, other), strict=True):
+            for test in new:
+                samples.setdefault(test, []).extend(new[test])
+        print(f"  load {load + 1} of {LOADS} done: {one} {other}", file=sys.stderr, flush=True)
     return gathered
 
 
-def _qnext(model: Path, home: Path, layout: str) -> Samples:
-    argv = [
-        sys.executable, "-m", "qnext", "bench", "run", str(model), "-p", str(PROMPT), "-n", str(GENERATE),
-        "-r", str(SAMPLES), "-t", _threads(), "--repack", layout, "--json",
-    ]  # fmt: skip
-    record = json.loads(_output(argv, home))
-    return {test["name"]: test["samples_ns"] for test in record["tests"]}
+def _qnext(model: Path, home: Path, layout: str) -> QnextBench:
+    numbers = (_threads(), str(PROMPT), str(GENERATE), str(SAMPLES))
+    argv = [sys.executable, "-m", "claims._turns", str(model), layout, *numbers]
+    return QnextBench(argv, {"QNEXT_HOME": str(home)})
 
 
-def _theirs(argv: list[str]) -> Samples:
-    rows = json.loads(_output(argv, None))
-    return {
-        f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": row["samples_ns"] for row in rows
-    }
-
-
-def _output(argv: list[str], home: Path | None) -> str:
+def _output(argv: list[str], home: Path) -> None:
     import os
 
-    environment = dict(os.environ, **({"QNEXT_HOME": str(home)} if home else {}))
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout
+    environment = {**os.environ, "QNEXT_HOME": str(home)}
+    subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
 
 
 def _threads() -> str:
@@ -170,7 +161,7 @@ def _slice() -> Iterator[tuple[Path, Path]]:
     machine = detect_machine(Path(tempfile.gettempdir()))
     for have, what in (
         (machine.memory.usable_bytes, "free memory"),
-        (machine.disk_free_bytes, "free disk in the temporary folder"),
+        (machine.disk.free_bytes, "free disk in the temporary folder"),
     ):
         if have is not None and have < _NEEDS_BYTES:
             raise CannotMeasure(f"needs {_NEEDS_BYTES >> 30} GiB of {what}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -61,9 +62,10 @@ def run(
     try:
         with progress_bar(f"loading {Path(model).name}") as show:
 
-            def on_sample(test: Scenario, done: int, total: int) -> None:
-                share = (len(finished) + done / total) / len(tests)
-                show(share, f"{test.name}: {done} of {total} samples")
+            def on_sample(test: Scenario, samples: Sequence[int], total: int) -> None:
+                share = (len(finished) + len(samples) / total) / len(tests)
+                speed = test.tokens * 1e9 / samples[-1]
+                show(share, f"{test.name}: {len(samples)} of {total} samples, {speed:.1f} t/s")
 
             def on_start(record_id: str) -> None:
                 record_ids.append(record_id)
@@ -89,7 +91,8 @@ def _what_is_kept(record_ids: list[str], finished: int, wanted: int) -> str:
     if not record_ids:
         return "the model was not loaded, so nothing was measured or stored"
     kept = f"{finished} of {wanted} tests are kept" if finished else "no test had ended"
-    return f"{kept}; see: qnext bench show {record_ids[0]}"
+    see = f"show {record_ids[0]}" if len(record_ids) == 1 else "history"
+    return f"{kept}; see: qnext bench {see}"
 
 
 @app.command("history")

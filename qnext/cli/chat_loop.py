@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qnext.cli.answer import stream_answer, turn_warnings
 from qnext.cli.output import note, print_error, stderr_console
-from qnext.errors import EngineError, QnextError
+from qnext.errors import EngineError, QnextError, StoreError
 
 if TYPE_CHECKING:
     from qnext.pipeline.chat import ChatRun
@@ -76,7 +76,10 @@ def _answer(chat: ChatRun, line: str) -> None:
     except QnextError as error:
         sys.stderr.write("\n")
         print_error(error)
-        note("your message was not added; the conversation before it is kept")
+        if isinstance(error, StoreError):
+            note("your message and the answer are kept in the conversation, but not recorded")
+        else:
+            note("your message was not added; the conversation before it is kept")
         _revive(chat)
     else:
         for warning in turn_warnings(turn, chat.max_tokens):

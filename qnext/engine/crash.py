@@ -74,7 +74,7 @@ def _diagnose(
         return (
             "hang",
             f"the engine was ended because it gave no sign of life for {killed_for_hang:g} s",
-            "Try again with a smaller --ubatch, or raise the limit with QNEXT_ENGINE_TIMEOUT.",
+            "Try again with a smaller -ub and -b, or raise the limit with QNEXT_ENGINE_TIMEOUT.",
         )
     if returncode >= 0:
         return (

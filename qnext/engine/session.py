@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 LOG_LINES_KEPT = 2000
 LOG_LINE_BYTES = 4096
 """Longer lines are cut in pieces, so that a child that floods its log cannot fill our memory."""
+SILENT_TOKENS = 600
+"""What a benchmark may decode within the limit on silence: one token a second by default."""
 CANCEL_GRACE_S = 0.7
 """How long a cancelled operation may take to come back before the child is ended: Ctrl-C acts within 1 s."""
 
@@ -62,6 +64,7 @@ class EngineSession:
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._amx_in_use = False
+        self._batch = 0
         self._busy = False
         self._ended_because: str | None = None
         try:
@@ -133,7 +136,9 @@ class EngineSession:
             "placement": asdict(placement),
             "context": context,
         }
-        return self._request("loading the model", request, on_progress=on_progress)
+        facts = self._request("loading the model", request, on_progress=on_progress)
+        self._batch = int(str(facts["batch"]))
+        return facts
 
     def warm_up(self) -> None:
         """Decode a few tokens and forget them, so that a layout that crashes does so now."""
@@ -169,7 +174,9 @@ class EngineSession:
             "repetitions": repetitions,
             **options,
         }
-        yield from self._run("benchmarking", request)
+        # A batch is decoded in one call that cannot speak meanwhile: the limit counts for so many tokens.
+        longer = max(1.0, self._batch / SILENT_TOKENS)
+        yield from self._run("benchmarking", request, silence_limit_s=self._silence_limit_s * longer)
 
     def close(self) -> None:
         """End the child: closing its input is the request, killing it the guarantee."""
@@ -203,7 +210,9 @@ class EngineSession:
                 on_progress(float(cast(float, message["share"])))
         raise EngineError("the engine ended its answer early", hint="Run the command again with -v.")
 
-    def _run(self, doing: str, request: Message) -> Iterator[Message]:
+    def _run(
+        self, doing: str, request: Message, *, silence_limit_s: float | None = None
+    ) -> Iterator[Message]:
         """Send a request and yield its events up to `done`; raises on failure, death or silence.
 
         Abandoning the iterator early (Ctrl-C included) cancels the operation.
@@ -216,7 +225,7 @@ class EngineSession:
         try:
             self._outbox.put(frame(request))
             while not finished:
-                message = self._expect(doing)
+                message = self._expect(doing, silence_limit_s=silence_limit_s)
                 if message["event"] == "alive":
                     continue
                 finished = message["event"] in _FINAL
@@ -242,18 +251,21 @@ class EngineSession:
                 if message is _ENDED:
                     return
                 if isinstance(message, dict) and message["event"] in _FINAL:
-                    self._wait_for_log(message)
+                    self._wait_for_log(message, CANCEL_GRACE_S)
                     obeyed = True
         finally:
             if not obeyed:
                 self._end("it did not stop when asked")
 
-    def _expect(self, doing: str, *, only: str | None = None) -> Message:
-        message = self._next_message(self._silence_limit_s)
+    def _expect(
+        self, doing: str, *, only: str | None = None, silence_limit_s: float | None = None
+    ) -> Message:
+        limit = self._silence_limit_s if silence_limit_s is None else silence_limit_s
+        message = self._next_message(limit)
         if message is _TIMED_OUT:
             self._end("it gave no sign of life")
             self._finish_threads()
-            raise explain_exit(-signal.SIGKILL, self.log, doing=doing, killed_for_hang=self._silence_limit_s)
+            raise explain_exit(-signal.SIGKILL, self.log, doing=doing, killed_for_hang=limit)
         if message is _ENDED or not isinstance(message, dict):
             raise self._death(doing)
         if only is not None and message["event"] != only:
@@ -341,11 +353,11 @@ class EngineSession:
             self._log_ended = True
             self._log_changed.notify_all()
 
-    def _wait_for_log(self, message: Message) -> None:
-        """Wait until everything logged before `message` is here."""
+    def _wait_for_log(self, message: Message, timeout_s: float = 30.0) -> None:
+        """Wait until everything logged before `message` is here; past the time, what is here has to do."""
         mark = cast(int, message.get("mark", 0))
         with self._log_changed:
-            self._log_changed.wait_for(lambda: self._mark_seen >= mark or self._log_ended, timeout=2)
+            self._log_changed.wait_for(lambda: self._mark_seen >= mark or self._log_ended, timeout=timeout_s)
 
     def _forget_log(self) -> None:
         with self._log_changed:

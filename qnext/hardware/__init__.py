@@ -1,14 +1,25 @@
 """The machine as it is: detected (`detect_machine`) or read from a recording (`load_machine`)."""
 
 from qnext.hardware.detect import detect_machine
-from qnext.hardware.machine import Cpu, Gpu, Machine, Memory, machine_fingerprint, machine_to_dict
+from qnext.hardware.machine import (
+    Cpu,
+    Disk,
+    Gpu,
+    Machine,
+    Memory,
+    NumaNode,
+    machine_fingerprint,
+    machine_to_dict,
+)
 from qnext.hardware.recorded import list_profiles, load_machine, machine_from_dict
 
 __all__ = [
     "Cpu",
+    "Disk",
     "Gpu",
     "Machine",
     "Memory",
+    "NumaNode",
     "detect_machine",
     "list_profiles",
     "load_machine",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from qnext.hardware.cpu import detect_cpu
 from qnext.hardware.gpus import detect_gpus
-from qnext.hardware.machine import Gpu, Machine, Sources
+from qnext.hardware.machine import Disk, Gpu, Machine, Sources, facts
 from qnext.hardware.memory import detect_memory
 
 _DISK_DEADLINE_S = 2.0
@@ -31,7 +32,8 @@ def detect_machine(
     cpu, memory = detect_cpu(sources, root), detect_memory(sources, root)
     gpus = detect_gpus(sources, os.environ if environ is None else environ, root, gpu_deadline_s)
     free, asked = _disk_free(model_dir)
-    return Machine(
+    disk = Disk(free_bytes=sources.record("disk.free_bytes", free, "statvfs of the model folder", asked))
+    machine = Machine(
         os=sources.record("os", system, "uname"),
         arch=sources.record("arch", arch, "uname"),
         cpu=cpu,
@@ -43,9 +45,12 @@ def detect_machine(
             "operating system and GPUs",
             "no GPU reports memory of its own",
         ),
-        disk_free_bytes=sources.record("disk_free_bytes", free, "statvfs of the model folder", asked),
-        sources=dict(sources),
+        disk=disk,
     )
+    for path, value in facts(machine):
+        if value is None:
+            sources.setdefault(path, "not read on this system")
+    return dataclasses.replace(machine, sources=dict(sources))
 
 
 def _system() -> tuple[str | None, str | None]:

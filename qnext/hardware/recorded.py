@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.errors import HardwareError, UsageError
-from qnext.hardware.machine import UNNAMED, Cpu, Gpu, Machine, Memory, Sources, facts
+from qnext.hardware.machine import UNNAMED, Cpu, Disk, Gpu, Machine, Memory, Sources, facts
 from qnext.units import parse_size
 
 _SUFFIXES = {".json", ".yaml", ".yml"}
@@ -134,7 +134,9 @@ def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
     where = ".".join(str(part) for part in location)
     if kind not in {"unexpected_keyword_argument", "extra_forbidden"}:
         return f"{where}: {message}"
-    known: type[Any] = {"cpu": Cpu, "memory": Memory, "gpus": Gpu}.get(str(location[0]), Machine)
+    known: type[Any] = {"cpu": Cpu, "memory": Memory, "gpus": Gpu, "disk": Disk}.get(
+        str(location[0]), Machine
+    )
     holder = known if len(location) > 1 else Machine
     names = [entry.name for entry in dataclasses.fields(holder)]
     return f"'{where}' is not a known key. {_nearest(str(location[-1]), names)}".strip()

@@ -20,11 +20,14 @@ from qnext.store.results import ResultStore
 
 @dataclass(frozen=True, slots=True)
 class BenchWatch:
-    """What a caller may follow: load progress (0 to 1), the record's id once there is one, samples, tests."""
+    """What a caller may follow: load progress (0 to 1), the record's id once there is one, samples, tests.
+
+    `on_sample` gets the test, its samples so far (ns) and how many there will be.
+    """
 
     on_load: Callable[[float], None] | None = None
     on_start: Callable[[str], None] | None = None
-    on_sample: Callable[[Scenario, int, int], None] | None = None
+    on_sample: Callable[[Scenario, Sequence[int], int], None] | None = None
     on_test: Callable[[TestResult], None] | None = None
 
 
@@ -88,7 +91,11 @@ def _start(
     names: dict[str, object] = {"tests": [test.name for test in tests], "repetitions": repetitions}
     record = new_record(model.planned, model.build, "bench", model.opened.allocated, command, names)
     leaking = [
-        f"{name} is set in the environment" for name in leaking_environment() if "LLAMA_ARG" not in name
+        f"{name} is set in the environment"
+        for name in leaking_environment()
+        if not name.startswith(
+            ("LLAMA_ARG_", "OLLAMA_")
+        )  # the one never reaches the engine, the other is not its own
     ]
     record = replace(record, warnings=tuple(leaking))
     store.start(record)
@@ -105,7 +112,7 @@ def _measure(
         if event["event"] == "sample":
             samples.append(int(str(event["ns"])))
             if watch.on_sample is not None:
-                watch.on_sample(test, len(samples), repetitions)
+                watch.on_sample(test, samples, repetitions)
     result = test_result(test, samples, model.planned)
     return result, [f"{test.name}: {warning}" for warning in sample_warnings(samples)]
 

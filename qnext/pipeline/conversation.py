@@ -130,6 +130,7 @@ class Conversation:
             return
         needed = len(self._model.session.tokenize(prompt))
         if needed >= room:
+            slots = int(str(self._model.opened.facts["context"])) // room
             earlier = len(self.messages) > len(self._opening)
             raise ContextFullError(
                 f"{'with this message the conversation' if earlier else 'the prompt'} is {needed:,} tokens "
@@ -137,7 +138,7 @@ class Conversation:
                 hint=(
                     "Send something shorter, start afresh with /reset, or " if earlier else "Shorten it, or "
                 )
-                + f"start qnext with more room: --ctx-size {_roomier(needed)}",
+                + f"start qnext with more room: --ctx-size {_roomier(needed) * slots}",
             )
 
 
@@ -146,7 +147,7 @@ class ContextFullError(EngineError):
 
 
 def _roomier(tokens: int) -> int:
-    """A context with space for `tokens` and an answer: the next power of two at least a half larger."""
+    """A slot's context for `tokens` and an answer: the next power of two at least a half larger."""
     return 1 << (tokens * 3 // 2).bit_length()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from qnext.config import Paths
 from qnext.engine.dry_run import DryRunner
@@ -14,7 +14,7 @@ from qnext.pipeline.locate import LocatedModel, locate_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.budgets import make_budgets
-from qnext.plan.options import PlanOptions
+from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, choose_placement, explain_misfit, forecast, make_plan
 from qnext.plan.speed import MachineSpeeds
@@ -142,21 +142,9 @@ def _traits(surroundings: Surroundings, budgets: tuple[Budget, ...]) -> dict[str
 
 def _options(request: Request, surroundings: Surroundings) -> PlanOptions:
     return PlanOptions(
-        workload=request.workload,
-        context=request.context,
-        parallel=request.parallel,
-        batch=request.batch,
-        ubatch=request.ubatch,
-        kv_type_k=request.kv_type_k,
-        kv_type_v=request.kv_type_v,
-        flash_attention=request.flash_attention,
-        load_mode=request.load_mode,
+        **{wish.name: getattr(request, wish.name) for wish in fields(Wishes)},
         threads=surroundings.threads,
         threads_batch=surroundings.threads_batch,
         repack=surroundings.repack,
         repack_asked=request.repack is not None,
-        n_gpu_layers=request.n_gpu_layers,
-        cpu_experts=request.cpu_experts,
-        overrides=request.overrides,
-        tensor_split=request.tensor_split,
     )

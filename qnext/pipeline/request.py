@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qnext.errors import UsageError
-from qnext.plan.options import RepackPolicy
-from qnext.plan.values import FlashAttention, LoadMode, Override, Workload
+from qnext.plan.options import RepackPolicy, Wishes
+from qnext.plan.values import Override
 from qnext.units import parse_size
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Wishes):
     """One request. None leaves the choice to the planner. Sizes in bytes.
 
     `hardware` replaces this machine by a recorded one; `rpc_servers` are `host:port` of llama.cpp workers,
@@ -25,22 +25,9 @@ class Request:
     vram: int | None = None
     device_memory: Mapping[str, int] = field(default_factory=dict)
     rpc_servers: tuple[str, ...] = ()
-    workload: Workload = field(default_factory=Workload)
-    context: int | None = None
-    parallel: int = 1
-    batch: int = 2048
-    ubatch: int | None = None
-    kv_type_k: str = "f16"
-    kv_type_v: str = "f16"
-    flash_attention: FlashAttention = "on"
-    load_mode: LoadMode = "none"
     threads: int | None = None
     threads_batch: int | None = None
     repack: RepackPolicy | None = None
-    n_gpu_layers: int | None = None
-    cpu_experts: int | None = None
-    overrides: tuple[Override, ...] = ()
-    tensor_split: tuple[float, ...] | None = None
 
 
 def parse_overrides(texts: tuple[str, ...]) -> tuple[Override, ...]:

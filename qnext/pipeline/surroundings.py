@@ -17,7 +17,7 @@ from pathlib import Path
 from qnext.config import Paths
 from qnext.engine.build import EngineBuild, installed_build
 from qnext.engine.cache import write_atomically
-from qnext.errors import EngineError, HardwareError
+from qnext.errors import EngineError, HardwareError, ModelError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
 from qnext.pipeline.engine_devices import add_engine_gpus
 from qnext.pipeline.request import Request
@@ -103,18 +103,23 @@ def _threads(machine: Machine) -> tuple[int, int]:
 def _repack_policy(
     request: Request, machine: Machine, build: EngineBuild | None, paths: Paths, threads: int, notice: Notice
 ) -> RepackPolicy:
-    """The asked-for layout, else the probed one; without an engine to probe, AMX counts as a risk."""
+    """The asked-for layout, else the probed one; where nothing can be probed, AMX counts as a risk."""
     if request.repack is not None:
         return request.repack
+    has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
+    untried: RepackPolicy = "experts" if has_amx else "full"
     if build is None:
-        has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
-        return "experts" if has_amx else "full"
+        return untried
     from qnext.engine.probe import safe_repack_policy
     from qnext.models.gguf_reader import read_header
     from qnext.models.synth import demo_path
 
     entry = layout_entry(paths, machine, build)
-    model = demo_path(paths.demo_dir)
+    try:
+        model = demo_path(paths.demo_dir)
+    except ModelError as error:
+        notice(f"not checking which weight layout is safe on this CPU: {error.message}")
+        return untried
     if not entry.exists():
         notice("checking once which weight layout is safe on this CPU (about a second)")
     host = host_traits(machine.cpu.instruction_sets or ())

@@ -12,23 +12,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qnext.config import KV_TYPES
 from qnext.errors import UsageError
+from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.models.shape import ModelShape
 from qnext.plan.traits import FLOAT_TYPES, DeviceTraits, pad
 from qnext.plan.values import HOST, Placement
-
-CACHE_TYPES: Mapping[str, tuple[int, int]] = {
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q5_1": (32, 24),
-    "q5_0": (32, 22),
-    "q4_1": (32, 20),
-    "q4_0": (32, 18),
-    "iq4_nl": (32, 18),
-}
-"""Elements and bytes of one block of each cache type (`-ctk`, `-ctv`)."""
 
 _STEP = 256  # contexts and sliding windows are multiples of this
 
@@ -142,15 +131,14 @@ def sliding_cells(shape: ModelShape, placement: Placement, sizes: ContextSizes) 
 def _cache_bytes(
     row: int, heads: int, rows: int, type_name: str, placement: Placement, traits: DeviceTraits
 ) -> int:
-    if type_name not in CACHE_TYPES:
+    if type_name not in KV_TYPES:
+        raise UsageError(f"'{type_name}' is not a cache type", hint=f"Choose one of: {', '.join(KV_TYPES)}.")
+    kind = GGML_TYPES_BY_NAME[type_name.upper()]
+    if heads and (row // heads) % kind.block_size:
         raise UsageError(
-            f"'{type_name}' is not a cache type", hint=f"Choose one of: {', '.join(CACHE_TYPES)}."
-        )
-    block, block_bytes = CACHE_TYPES[type_name]
-    if heads and (row // heads) % block:
-        raise UsageError(
-            f"cache type {type_name} stores blocks of {block}, which do not divide heads of {row // heads}",
+            f"cache type {type_name} stores blocks of {kind.block_size}, which do not divide heads of "
+            f"{row // heads}",
             hint="Use f16 for the cache of this model.",
         )
-    nbytes = row // block * block_bytes * rows
+    nbytes = row // kind.block_size * kind.block_bytes * rows
     return traits.alloc_bytes((row, rows), type_name, nbytes)

@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from qnext.models.shape import ModelShape, is_expert, layer_of
 from qnext.plan.cache import ContextSizes, context_sizes, sliding_cells
 from qnext.plan.traits import DeviceTraits
-from qnext.plan.values import HOST, Placement
+from qnext.plan.values import HOST, OFFLOAD_MIN_TOKENS, Placement
 from qnext.plan.weights import PlacedTensor
 
-_OFFLOAD_MIN_TOKENS = 32  # GGML_OP_OFFLOAD_MIN_BATCH's default
 _DOWN = re.compile(r"\.ffn_down(?:_exps)?\.weight$")
 
 
@@ -207,7 +206,7 @@ def _copied_experts(
     gpus = {device.name for device in devices if device.kind == "gpu"}
     plain = {HOST, *(device.host_buffer for device in devices if device.host_buffer)}
     copies: dict[str, int] = {}
-    if not placement.op_offload or context_sizes(shape, placement).ubatch < _OFFLOAD_MIN_TOKENS:
+    if not placement.op_offload or context_sizes(shape, placement).ubatch < OFFLOAD_MIN_TOKENS:
         return copies
     for item in placed:
         layer = layer_of(item.tensor.name)

@@ -34,10 +34,10 @@ def llama_server_argv(
 ) -> tuple[str, ...]:
     """llama-server's argument list for this placement.
 
-    Extra CPU buffer types (`CPU_REPACK`) cannot be named there: such overrides become plain CPU ones and
-    `server_warnings` says so. `spare_host_bytes` is host memory that the plan leaves: the server's own
-    caches, 8 GiB and 32 snapshots of the recurrent state per slot by default, are held inside it.
-    `snapshot_bytes` is the size of that state for one slot.
+    Only devices' own buffer types can be named there: overrides to others in host memory (`CPU_REPACK`,
+    `CUDA_Host`) become plain CPU ones and `server_warnings` says so. `spare_host_bytes` is host memory that
+    the plan leaves: the server's own caches, 8 GiB and 32 snapshots of the recurrent state per slot by
+    default, are held inside it. `snapshot_bytes` is the size of that state for one slot.
     """
     flags = ["llama-server", "-m", model_path, "--fit", "off"]
     if placement.rpc_servers:  # before everything that names one of their devices or buffers
@@ -63,12 +63,24 @@ def llama_server_argv(
 
 def server_warnings(placement: Placement) -> tuple[str, ...]:
     """What the command line cannot say of this placement."""
-    if any(override.buffer == CPU_REPACK for override in placement.overrides):
-        return (
+    warnings = []
+    buffers = {override.buffer for override in placement.overrides}
+    if CPU_REPACK in buffers:
+        warnings.append(
             "llama-server cannot name CPU_REPACK: started by hand it keeps the experts as they are in the "
-            "file, a little slower than qnext runs them",
+            "file, a little slower than qnext runs them"
         )
-    return ()
+    warnings += [
+        f"llama-server cannot name {buffer}: its line says CPU there, which is the same memory, not pinned"
+        for buffer in sorted(buffers - {CPU_REPACK})
+        if _is_host_buffer(buffer)
+    ]
+    return tuple(warnings)
+
+
+def _is_host_buffer(buffer: str) -> bool:
+    """Whether a buffer type lies in host memory: `CPU_REPACK`, and the pinned `CUDA_Host`, `Vulkan_Host`…"""
+    return buffer == CPU_REPACK or buffer.endswith("_Host")
 
 
 def _server_caches(placement: Placement, spare: int, snapshot: int) -> list[str]:
@@ -88,7 +100,7 @@ def _override_flags(placement: Placement, shape: ModelShape) -> list[str]:
         if moved == tuple(range(len(moved))):
             return ["--n-cpu-moe", str(len(moved))]
     plain = [
-        f"{override.pattern}={HOST if override.buffer == CPU_REPACK else override.buffer}"
+        f"{override.pattern}={HOST if _is_host_buffer(override.buffer) else override.buffer}"
         for override in placement.overrides
         if override.buffer != CPU_REPACK or placement.devices
     ]

@@ -20,12 +20,11 @@ GPU_UBATCHES = (2048, 1024, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """Wishes for one plan. Everything from `n_gpu_layers` down forces that part of the placement.
+class Wishes:
+    """What the user may ask of a plan. Everything from `n_gpu_layers` down forces that part of the placement.
 
     `context` counts all `parallel` sequences together, as `-c` does. `cpu_experts` is `--n-cpu-moe`: the
-    experts of that many first layers stay on the host (`--cpu-moe`: all layers). `threads` and
-    `threads_batch` are what the machine offers for decode and prefill.
+    experts of that many first layers stay on the host (`--cpu-moe`: all layers).
     """
 
     workload: Workload = field(default_factory=Workload)
@@ -37,11 +36,21 @@ class PlanOptions:
     kv_type_v: str = "f16"
     flash_attention: FlashAttention = "on"
     load_mode: LoadMode = "none"
-    threads: int = 1
-    threads_batch: int = 1
-    repack: RepackPolicy = "full"
-    repack_asked: bool = False
     n_gpu_layers: int | None = None
     cpu_experts: int | None = None
     overrides: tuple[Override, ...] = ()
     tensor_split: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions(Wishes):
+    """Wishes for one plan, with what the machine decided where the user did not.
+
+    `threads` and `threads_batch` are those of decode and prefill; `repack_asked` says that the layout is the
+    user's wish, which is obeyed even where it is risky.
+    """
+
+    threads: int = 1
+    threads_batch: int = 1
+    repack: RepackPolicy = "full"
+    repack_asked: bool = False

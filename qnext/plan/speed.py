@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from math import prod
 
 from qnext.models.shape import ModelShape, is_expert, layer_of
-from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, SpeedRange, Workload
+from qnext.plan.values import (
+    HOST,
+    OFFLOAD_MIN_TOKENS,
+    DeviceMemory,
+    Placement,
+    Prediction,
+    Reason,
+    SpeedRange,
+    Workload,
+)
 from qnext.plan.weights import PlacedTensor
 
 BANDWIDTH_EFFICIENCY = 0.65
@@ -46,8 +55,6 @@ RANGE = (0.5, 2.0)
 FALLBACK_RAM_BPS = 20_000_000_000
 FALLBACK_GPU_BPS = 300_000_000_000
 FALLBACK_LINK_BPS = 16_000_000_000
-OFFLOAD_MIN_TOKENS = 32
-"""llama.cpp's GGML_OP_OFFLOAD_MIN_BATCH: smaller ubatches leave the experts to the CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ HOST = "CPU"
 CPU_REPACK = "CPU_REPACK"
 """llama.cpp's extra CPU buffer type that stores quantised weights interleaved for wider SIMD kernels."""
 
+OFFLOAD_MIN_TOKENS = 32
+"""llama.cpp's GGML_OP_OFFLOAD_MIN_BATCH: smaller ubatches leave the experts to the CPU."""
+
 LoadMode = Literal["none", "mmap", "mlock", "mmap+mlock", "dio"]
 FlashAttention = Literal["on", "off", "auto"]
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from qnext.config import find_paths
 from qnext.models.synth import DEMO_SENTENCE
 from tests.cli.conftest import CTRL_C, CTRL_D, Terminal
 from tests.conftest import Qnext
@@ -48,6 +52,21 @@ def test_a_conversation_with_all_its_commands(terminal: Open, qnext: Qnext) -> N
     assert record["status"] == "ok"
     assert len(record["tests"]) == 6
     assert record["text"] is None
+
+
+def test_an_answer_that_cannot_be_recorded_is_kept(
+    terminal: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QNEXT_HOME", str(tmp_path))
+    chat = terminal("run", "demo", columns=120)
+    chat.wait_for(PROMPT)
+    with closing(sqlite3.connect(find_paths().results_db)) as database:
+        database.execute("DROP TABLE tests")
+    chat.type("Hello\n")
+    chat.wait_for("your message and the answer are kept in the conversation, but not recorded")
+    chat.wait_for(PROMPT)
+    chat.type(CTRL_D)
+    chat.wait()
 
 
 def test_ctrl_c_while_the_prompt_is_read_leaves_the_chat_open(terminal: Open) -> None:

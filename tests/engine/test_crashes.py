@@ -134,6 +134,17 @@ def test_a_hang_is_ended_after_the_silence_limit(demo_model: Path) -> None:
     assert caught.value.kind == "hang" and "QNEXT_ENGINE_TIMEOUT" in caught.value.hint
 
 
+def test_a_benchmark_may_be_silent_for_as_long_as_a_large_batch_takes(demo_model: Path) -> None:
+    with EngineSession(silence_limit_s=1) as session:
+        session.open(str(demo_model), replace(CPU, batch=1500, ubatch=1500))
+        samples = session.bench(prompt=16, generate=0, depth=0, repetitions=500)
+        next(samples)
+        os.kill(session.pid, signal.SIGSTOP)
+        with pytest.raises(EngineCrashError, match=r"no sign of life for 2\.5 s while benchmarking"):
+            for _ in samples:
+                pass
+
+
 def test_a_child_that_reads_nothing_does_not_block_a_large_request(demo_model: Path) -> None:
     with EngineSession(silence_limit_s=1.5) as session:
         session.open(str(demo_model), CPU)

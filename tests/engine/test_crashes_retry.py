@@ -26,7 +26,7 @@ from tests.conftest import Qnext
 pytestmark = pytest.mark.engine
 
 QUESTION = "<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n"
-REQUEST = Request("demo", context=2048, threads=1, threads_batch=1)
+REQUEST = Request(model="demo", context=2048, threads=1, threads_batch=1)
 
 
 def everything_repacked(placement: Placement) -> Placement:

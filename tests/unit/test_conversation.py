@@ -28,8 +28,8 @@ _DONE: dict[str, object] = {
 class _Model:
     """The part of a running model that a conversation uses; `says` is the next answer, piece by piece."""
 
-    def __init__(self, context: int = 1000) -> None:
-        self.opened = SimpleNamespace(facts={"context_per_sequence": context})
+    def __init__(self, context: int = 1000, slots: int = 1) -> None:
+        self.opened = SimpleNamespace(facts={"context": context * slots, "context_per_sequence": context})
         self.session = SimpleNamespace(tokenize=lambda text: list(text.encode()))
         self.says: list[str | Exception] = []
         self.asked: list[str] = []
@@ -113,6 +113,12 @@ def test_a_conversation_that_outgrows_the_context_is_refused_whole() -> None:
     assert "/reset" in caught.value.hint
     assert len(model.asked) == 1, "the engine was not bothered"
     assert len(chat.messages) == 2
+
+
+def test_room_for_a_longer_message_counts_every_slot() -> None:
+    with pytest.raises(ContextFullError) as caught:
+        list(_conversation(_Model(context=40, slots=3)).say("x" * 50))
+    assert caught.value.hint.endswith("--ctx-size 384")
 
 
 def test_the_recorded_command_has_no_text_of_the_user() -> None:

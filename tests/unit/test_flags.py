@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnext.engine.llama.params import FLASH_ATTENTION, GGML_TYPES, LOAD_MODES
+from qnext.config import KV_TYPES
+from qnext.engine.llama.params import FLASH_ATTENTION, LOAD_MODES
 from qnext.plan.flags import expert_pattern, llama_server_argv, server_warnings
 from qnext.plan.values import CPU_REPACK, HOST, Override, Placement
 from qnext.units import GIB, MIB
@@ -108,8 +109,8 @@ PLACEMENTS = st.builds(
     context=st.integers(1, 1 << 20),
     batch=st.integers(1, 8192),
     ubatch=st.integers(1, 8192),
-    kv_type_k=st.sampled_from(sorted(GGML_TYPES)),
-    kv_type_v=st.sampled_from(sorted(GGML_TYPES)),
+    kv_type_k=st.sampled_from(KV_TYPES),
+    kv_type_v=st.sampled_from(KV_TYPES),
     flash_attention=st.sampled_from(sorted(FLASH_ATTENTION)),
     threads=st.integers(1, 256),
     threads_batch=st.integers(1, 256),
@@ -175,6 +176,13 @@ def test_buffers_the_command_line_cannot_name_are_left_out_and_said() -> None:
     argv = llama_server_argv(beside, "m.gguf", SHAPE)
     assert argv[argv.index("-ot") + 1] == "ffn_up_exps=CPU"
     assert not server_warnings(Placement())
+
+
+def test_pinned_memory_becomes_plain_memory_on_the_line_and_is_said() -> None:
+    pinned = Placement(devices=("CUDA0",), overrides=(Override("ffn_up_exps", "CUDA_Host"),))
+    argv = llama_server_argv(pinned, "m.gguf", SHAPE)
+    assert argv[argv.index("-ot") + 1] == "ffn_up_exps=CPU"
+    assert any("CUDA_Host" in warning for warning in server_warnings(pinned))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ import pytest
 
 from qnext.hardware import detect_machine, machine_fingerprint, machine_from_dict, machine_to_dict
 from qnext.hardware.cpu import detect_cpu, parse_cpuinfo
-from qnext.hardware.machine import Cpu, Gpu, Machine, Memory, Sources, facts
+from qnext.hardware.machine import Cpu, Disk, Gpu, Machine, Memory, Sources, facts
 from qnext.units import GIB, MIB
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and /sys trees")
@@ -35,7 +35,7 @@ def test_every_fact_of_this_machine_has_a_source_or_a_reason(tmp_path: Path) -> 
     machine = detect_machine(tmp_path / "not" / "there")
     assert set(machine.sources) == {path for path, _ in facts(machine)}
     assert all(machine.sources.values())
-    assert machine.disk_free_bytes is not None
+    assert machine.disk.free_bytes is not None
     assert machine.cpu.usable_logical_cores is not None
     assert machine.memory.usable_bytes is not None
     assert machine.memory.total_bytes is not None
@@ -99,7 +99,7 @@ def test_fingerprint_ignores_what_changes_by_itself_and_sees_what_matters() -> N
     busy = dataclasses.replace(
         base,
         name="other",
-        disk_free_bytes=1,
+        disk=Disk(free_bytes=1),
         memory=Memory(total_bytes=62 * GIB + 30 * MIB, available_bytes=GIB, usable_bytes=GIB),
     )
     assert machine_fingerprint(busy) == name

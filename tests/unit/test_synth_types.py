@@ -109,6 +109,7 @@ def test_a_slice_keeps_half_its_downs_at_more_bits_as_the_whole_does() -> None:
         (lambda: shape_named("qwen3-next-80b"), ModelError),
         (lambda: shape_named("qwen3-4b", 0), UsageError),
         (lambda: shape_named("qwen3-4b", 1000), UsageError),
+        (lambda: shape_named("qwen3-next-80b-a3b", 3), UsageError),
         (lambda: choose_types(SHAPES["qwen3-4b"], [], "Q4_K_XL"), UsageError),
     ],
 )

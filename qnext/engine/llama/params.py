@@ -11,22 +11,11 @@ import ctypes
 from typing import Any
 
 from qnext.engine.llama.binding import EngineFailure, buffer_types, ggml, llama
+from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.plan.values import Override, Placement
 
 LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-GGML_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
-"""KV cache types of `--cache-type-k` by their ggml type number."""
 
 
 def placement_from_message(fields: dict[str, Any]) -> Placement:
@@ -103,8 +92,8 @@ def context_params(placement: Placement, *, context: int | None = None) -> Any:
     struct.n_threads = placement.threads
     struct.n_threads_batch = placement.threads_batch
     struct.flash_attn_type = FLASH_ATTENTION[placement.flash_attention]
-    struct.type_k = GGML_TYPES[placement.kv_type_k]
-    struct.type_v = GGML_TYPES[placement.kv_type_v]
+    struct.type_k = GGML_TYPES_BY_NAME[placement.kv_type_k.upper()].id
+    struct.type_v = GGML_TYPES_BY_NAME[placement.kv_type_v.upper()].id
     struct.offload_kqv = placement.kv_offload
     struct.op_offload = placement.op_offload
     struct.kv_unified = placement.kv_unified

@@ -25,7 +25,9 @@ from qnext.engine.protocol import Message
 from qnext.plan.values import Placement
 
 SIGN_OF_LIFE_S = 5.0
-"""A long operation that has nothing to say says so this often, or the parent would take it for hung."""
+"""A long operation that has nothing to say says so about this often, or the parent would take it for hung.
+
+One llama_decode cannot be interrupted for it; the parent waits longer for large batches."""
 
 WARM_UP_TOKENS = 32
 

@@ -126,7 +126,13 @@ def shape_named(name: str, layers: int | None = None) -> Shape:
             f"{layers} layers are out of range",
             hint=f"Ask for 1 to {MAX_LAYERS} with --layers; {name} has {shape.layers}.",
         )
-    return replace(shape, layers=layers)
+    cut = replace(shape, layers=layers)
+    if all(cut.is_recurrent(layer) for layer in range(layers)):
+        raise UsageError(
+            f"{layers} layers of {name} hold no attention layer, which llama.cpp cannot run",
+            hint="Ask for 4 layers or more: every fourth is one.",
+        )
+    return cut
 
 
 MAX_LAYERS = 256
