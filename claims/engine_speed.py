@@ -79,7 +79,7 @@ def _pairs_text(pairs: PairedRatio) -> str:
 
 @cache
 def _against_llama_bench() -> tuple[Samples, Samples]:
-    """(qnext, llama-bench), same file, placement, threads and build."""
+    """(qnext, llama-bench), same file, placement, threads, and the very same libraries."""
     bench = _llama_bench()
     with _slice() as (model, home):
         layout = _safe_layout(home)
@@ -89,7 +89,7 @@ def _against_llama_bench() -> tuple[Samples, Samples]:
             "--repack", "1" if layout == "full" else "0",
         ]  # fmt: skip
         ours = "full" if layout == "full" else "off"
-        return _compare(lambda: (_qnext(model, home, ours), LlamaBench(theirs)))
+        return _compare(lambda: (_qnext(model, home, ours), LlamaBench(theirs, _wheel_libraries())))
 
 
 @cache
@@ -114,6 +114,16 @@ def _compare(sides: Callable[[], tuple[Side, Side]]) -> tuple[Samples, Samples]:
                 samples.setdefault(test, []).extend(new[test])
         print(f"  load {load + 1} of {LOADS} done: {one} {other}", file=sys.stderr, flush=True)
     return gathered
+
+
+def _wheel_libraries() -> dict[str, str]:
+    """Environment in which llama-bench loads the wheel's libraries; its own, built apart, are 2 % slower."""
+    from importlib.util import find_spec
+
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise CannotMeasure("llama-cpp-python is not installed")
+    return {"LD_LIBRARY_PATH": str(Path(spec.origin).parent / "lib")}
 
 
 def _qnext(model: Path, home: Path, layout: str) -> QnextBench:
