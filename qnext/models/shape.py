@@ -138,10 +138,16 @@ def is_expert(tensor_name: str) -> bool:
     return match is not None and _EXPERT.match(match.group(2)) is not None
 
 
+def quant_in_name(file_name: str) -> str | None:
+    """The quant a GGUF's file name ends with (`Q4_K_M`, `UD-IQ2_XXS`), in upper case."""
+    match = _QUANT_IN_NAME.search(file_name)
+    return match.group(1).upper() if match else None
+
+
 def quant_label(header: ModelHeader) -> str | None:
     """The quant's name: from the file name (`UD-Q4_K_XL` has no code), else from `general.file_type`."""
-    if header.paths and (match := _QUANT_IN_NAME.search(header.paths[0].name)):
-        return match.group(1).upper()
+    if header.paths and (named := quant_in_name(header.paths[0].name)):
+        return named
     code = header.metadata.get("general.file_type")
     return _FILE_TYPES.get(code) if isinstance(code, int) else None
 
