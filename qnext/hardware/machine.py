@@ -82,9 +82,11 @@ class Memory:
     `channels` counts those with a module in them, `channels_max` those the board has; `speed_max_mtps` is
     the modules' own rating, which a memory profile (XMP, EXPO) switches on. `transparent_hugepages` is
     `always`, `madvise` or `never`. Nodes without RAM are left out of `numa_nodes`; None where the system
-    does not tell. `measured_bandwidth_bps` is the best rate over the thread sweep, `bandwidth_by_threads`
-    the sweep's (threads, rate) points, `bandwidth_knee_threads` the fewest threads that reach 95 % of the
-    best, `bandwidth_spread` (highest - lowest) / median of repeated readings at the best.
+    does not tell. `numa_policy` is this process's (`default`, `interleave`, `bind`…).
+
+    `measured_bandwidth_bps` is the best rate over the thread sweep, `bandwidth_by_threads` the sweep's
+    (threads, rate) points, `bandwidth_knee_threads` the fewest threads that reach 95 % of the best,
+    `bandwidth_spread` (highest - lowest) / median of repeated readings at the best.
     """
 
     __pydantic_config__ = _FILE_RULES
@@ -110,6 +112,7 @@ class Memory:
     hugepages_free_bytes: int | None = None
     transparent_hugepages: str | None = None
     numa_nodes: tuple[NumaNode, ...] | None = None
+    numa_policy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from qnext.errors import DoesNotFitError, EngineError
 from qnext.pipeline.locate import LocatedModel, locate_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
-from qnext.plan.budgets import make_budgets
 from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, choose_placement, explain_misfit, forecast, make_plan
+from qnext.plan.problem import make_problem
 from qnext.plan.speed import MachineSpeeds
-from qnext.plan.traits import DeviceTraits, device_traits, host_traits
-from qnext.plan.values import HOST, Budget, Placement, Prediction, Workload
+from qnext.plan.traits import DeviceTraits
+from qnext.plan.values import HOST, Placement, Prediction, Workload
 from qnext.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -46,19 +46,14 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
     """Plan `request` on its machine. Never raises for a model that does not fit: see `Plan.fits`."""
     model = locate_model(request.model, paths)
     surroundings = look_around(request, paths, notice)
-    budgets = make_budgets(
+    problem = make_problem(
+        model.header,
+        model.shape,
         surroundings.machine,
+        _options(request, surroundings),
         ram=request.ram,
         vram=request.vram,
         device_memory=request.device_memory,
-        rpc_servers=request.rpc_servers,
-    )
-    problem = Problem(
-        header=model.header,
-        shape=model.shape,
-        budgets=budgets,
-        traits=_traits(surroundings, budgets),
-        options=_options(request, surroundings),
         rpc_servers=request.rpc_servers,
     )
     if surroundings.build is None:
@@ -130,14 +125,6 @@ def require_fit(plan: Plan) -> None:
         f"{plan.model_ref} does not fit: {lacking} missing",
         hint=f"This would fit: {'; or '.join(plan.alternatives)}.",
     )
-
-
-def _traits(surroundings: Surroundings, budgets: tuple[Budget, ...]) -> dict[str, DeviceTraits]:
-    traits = {HOST: host_traits(surroundings.machine.cpu.instruction_sets or ())}
-    for budget in budgets:
-        if budget.name != HOST:
-            traits[budget.name] = device_traits(budget, free_bytes=budget.budget_bytes)
-    return traits
 
 
 def _options(request: Request, surroundings: Surroundings) -> PlanOptions:

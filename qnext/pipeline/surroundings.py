@@ -21,9 +21,10 @@ from qnext.errors import EngineError, HardwareError, ModelError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
 from qnext.pipeline.engine_devices import add_engine_gpus
 from qnext.pipeline.request import Request
-from qnext.plan.budgets import engine_name
+from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
+from qnext.plan.problem import backend_of
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import host_traits
 from qnext.plan.values import Placement
@@ -31,12 +32,6 @@ from qnext.plan.values import Placement
 logger = logging.getLogger(__name__)
 
 Notice = Callable[[str], None]
-
-PCIE_GEN1_LANE_BPS = 250_000_000
-"""Bytes per second of one PCIe lane of the first generation; each later one doubles it."""
-
-RATED_SHARE = 0.8
-"""Part of the rated RAM bandwidth that a read loop reaches on an ordinary desktop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +56,27 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     if build is not None:
         machine = add_engine_gpus(machine, build)
     machine, warnings = _usable_gpus(machine, build)
-    threads, threads_batch = _threads(machine)
+    threads, threads_batch = thread_counts(machine)
+    if this_machine:
+        machine = _with_bandwidth(machine, threads, paths, notice)
     repack = _repack_policy(request, machine, build, paths, threads, notice)
     return Surroundings(
         machine=machine,
         this_machine=this_machine,
         build=build,
         repack=repack,
-        speeds=_speeds(machine, this_machine, threads, paths, notice),
+        speeds=machine_speeds(machine),
         threads=request.threads or threads,
         threads_batch=request.threads_batch or request.threads or threads_batch,
         warnings=warnings,
     )
 
 
-_BACKEND_OF = {"rocm": "hip"}
-"""Name of the engine's backend library where it is not that of the kind of GPU."""
-
-
 def _usable_gpus(machine: Machine, build: EngineBuild | None) -> tuple[Machine, tuple[str, ...]]:
     """The machine with the GPUs that the installed engine has a backend for, and a warning for the others."""
     if build is None:
         return machine, ()
-    usable = tuple(gpu for gpu in machine.gpus if _BACKEND_OF.get(gpu.kind or "", gpu.kind) in build.backends)
+    usable = tuple(gpu for gpu in machine.gpus if backend_of(gpu) in build.backends)
     idle = [gpu for gpu in machine.gpus if gpu not in usable]
     warnings = tuple(
         f"{gpu.name or 'a GPU'} is not used: the engine was built without {gpu.kind or 'its backend'}; "
@@ -91,13 +84,6 @@ def _usable_gpus(machine: Machine, build: EngineBuild | None) -> tuple[Machine, 
         for gpu in idle
     )
     return replace(machine, gpus=usable), warnings
-
-
-def _threads(machine: Machine) -> tuple[int, int]:
-    """Physical cores for decode (hyper-threads can cost a quarter of it), hardware threads for prefill."""
-    cpu = machine.cpu
-    physical = cpu.usable_cores or cpu.physical_cores or cpu.usable_logical_cores or cpu.logical_cores or 1
-    return physical, cpu.usable_logical_cores or cpu.logical_cores or physical
 
 
 def _repack_policy(
@@ -141,34 +127,12 @@ _PROBE_PROMPT = "What can you do for me? " * 90
 """Long enough for a full ubatch of 512 tokens and a remainder."""
 
 
-def _speeds(
-    machine: Machine, this_machine: bool, threads: int, paths: Paths, notice: Notice
-) -> MachineSpeeds:
-    memory = machine.memory
-    bandwidth, source = memory.measured_bandwidth_bps, "measured"
-    if bandwidth is None and this_machine:
-        bandwidth, source = _measured_here(machine, threads, paths, notice), "measured here"
-    if bandwidth is None and memory.rated_bandwidth_bps is not None:
-        bandwidth, source = round(memory.rated_bandwidth_bps * RATED_SHARE), "taken as 80 % of its rating"
-    if bandwidth is None:
-        source = "unknown, taken as 20 GB/s"
-    sets = machine.cpu.instruction_sets or ()
-    return MachineSpeeds(
-        ram_bps=bandwidth,
-        ram_source=source,
-        device_bps={
-            engine_name(gpu, position): gpu.rated_bandwidth_bps
-            for position, gpu in enumerate(machine.gpus)
-            if gpu.rated_bandwidth_bps is not None
-        },
-        link_bps={
-            engine_name(gpu, position): PCIE_GEN1_LANE_BPS * gpu.pcie_width_max << (gpu.pcie_gen_max - 1)
-            for position, gpu in enumerate(machine.gpus)
-            if gpu.pcie_gen_max and gpu.pcie_width_max
-        },
-        cores=threads,
-        instruction_set="avx512" if "avx512f" in sets else "avx2" if "avx2" in sets else "other",
-    )
+def _with_bandwidth(machine: Machine, threads: int, paths: Paths, notice: Notice) -> Machine:
+    """`machine` with its RAM bandwidth as measured here, now or earlier."""
+    if machine.memory.measured_bandwidth_bps is not None:
+        return machine
+    measured = _measured_here(machine, threads, paths, notice)
+    return replace(machine, memory=replace(machine.memory, measured_bandwidth_bps=measured))
 
 
 def _measured_here(machine: Machine, threads: int, paths: Paths, notice: Notice) -> int | None:
