@@ -19,9 +19,6 @@ from qnext.units import parse_size
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """What llama.cpp accepts for `-ctk` and `-ctv` (common/arg.cpp, `kv_cache_types`)."""
 
-_LEAKING = ("LLAMA_", "GGML_", "OLLAMA_")
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -133,20 +130,6 @@ def load_settings(
         if raw is not None:
             values[entry] = _convert(name, raw, origin)
     return Settings(**values, origins=origins)
-
-
-def leaking_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that would change what an engine does behind our back: LLAMA_*, GGML_*, OLLAMA_*.
-
-    llama.cpp reads LLAMA_ARG_* as flags and GGML_* and LLAMA_* as switches inside its backends. Values of
-    names that sound like a secret are replaced by `(hidden)`: this goes into reports.
-    """
-    environ = os.environ if environ is None else environ
-    return {
-        name: "(hidden)" if name.endswith(_SECRET) else value
-        for name, value in sorted(environ.items())
-        if name.startswith(_LEAKING)
-    }
 
 
 def _read_file(path: Path) -> dict[str, object]:

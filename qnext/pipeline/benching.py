@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from qnext.bench.names import Scenario
 from qnext.bench.statistics import sample_warnings
-from qnext.config import Paths, leaking_environment
+from qnext.config import Paths
+from qnext.engine.environment import inherited
 from qnext.errors import QnextError, UsageError
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.request import Request
@@ -90,13 +91,7 @@ def _start(
 ) -> Record:
     names: dict[str, object] = {"tests": [test.name for test in tests], "repetitions": repetitions}
     record = new_record(model.planned, model.build, "bench", model.opened.allocated, command, names)
-    leaking = [
-        f"{name} is set in the environment"
-        for name in leaking_environment()
-        if not name.startswith(
-            ("LLAMA_ARG_", "OLLAMA_")
-        )  # the one never reaches the engine, the other is not its own
-    ]
+    leaking = [f"{found.name} is set in the environment" for found in inherited() if found.reaches_engine]
     record = replace(record, warnings=tuple(leaking))
     store.start(record)
     return record
