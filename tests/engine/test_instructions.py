@@ -19,14 +19,14 @@ def test_the_engine_runs_here_so_it_needs_nothing_this_cpu_lacks(tmp_path: Path)
     answer = compiled_sets(build, entry)
     assert answer.sets
     assert set(answer.sets) <= REPORTED
-    assert unsupported_sets(detect_machine().cpu.instruction_sets or answer.sets, answer.sets) == ()
+    assert unsupported_sets(detect_machine(tmp_path).cpu.instruction_sets or answer.sets, answer.sets) == ()
     assert compiled_sets(build, entry, ask=False) == answer
 
 
 def test_an_engine_that_dies_of_an_illegal_instruction_is_remembered_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The child kills itself with SIGILL before it loads the library, as a foreign build does while loading."""
+    """The child kills itself with SIGILL before it loads the library; a foreign build does so while loading."""
     (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     build, entry = require_build(), tmp_path / "instructions.json"
