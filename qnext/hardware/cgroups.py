@@ -9,12 +9,22 @@ https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from qnext.hardware.files import parse_number, read_number, read_text
+
 _NO_LIMIT_BYTES = 1 << 60
 """Version 1 writes "no limit" as the largest page-aligned 63-bit number; no machine has an exbibyte."""
+_PERIODS_US = range(1_000, 1_000_001)
+"""The periods the kernel takes for a CPU quota, in microseconds: 1 ms to 1 s."""
+_MOST_CORES = 1 << 16
+_MOST_LEVELS = 64
+"""Nested groups that are looked at; real ones nest under ten deep."""
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+"""How mountinfo writes spaces, tabs, line ends and backslashes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +52,24 @@ def read_memory_groups(root: Path = Path("/")) -> tuple[MemoryGroup, ...]:
     """
     found = []
     for version, directory in _levels("memory", root):
-        names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
-        limits = [limit for name in names if (limit := _read_limit(directory / name)) is not None]
-        if not limits:
-            continue
-        used = _read_number(directory / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
-        room = None
-        if used is not None:
-            room = max(0, min(limits) - max(0, used - _reclaimable(directory, version)))
-        found.append(MemoryGroup("/" + str(directory.relative_to(root)), min(limits), room))
+        if version == 2:
+            names = ("memory.max", "memory.high")
+            limit = _tightest(read_number(directory / name) for name in names)
+            if limit is None:
+                continue
+            stat = _read_stat(directory / "memory.stat")
+            used = read_number(directory / "memory.current")
+            cache = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+        else:  # the hierarchical limit also covers the levels that a container cannot see
+            stat = _read_stat(directory / "memory.stat")
+            own = read_number(directory / "memory.limit_in_bytes")
+            limit = _tightest([own, stat.get("hierarchical_memory_limit")])
+            if limit is None:
+                continue
+            used = read_number(directory / "memory.usage_in_bytes")
+            cache = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
+        room = None if used is None else max(0, limit - max(0, used - cache))
+        found.append(MemoryGroup("/" + str(directory.relative_to(root)), limit, room))
     return tuple(found)
 
 
@@ -59,19 +78,19 @@ def read_cpu_groups(root: Path = Path("/")) -> tuple[CpuGroup, ...]:
     found = []
     for version, directory in _levels("cpu", root):
         if version == 2:
-            words = _read_text(directory / "cpu.max").split()
-        else:
-            words = [_read_text(directory / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) and int(words[1]):
-            cores = int(words[0]) / int(words[1])
-            found.append(CpuGroup("/" + str(directory.relative_to(root)), cores))
+            words = read_text(directory / "cpu.max").split()  # `max 100000` without a quota
+        else:  # the quota is -1 without one
+            words = [read_text(directory / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        quota, period = map(parse_number, words) if len(words) == 2 else (None, None)
+        if quota and period and period in _PERIODS_US and quota <= period * _MOST_CORES:
+            found.append(CpuGroup("/" + str(directory.relative_to(root)), quota / period))
     return tuple(found)
 
 
 def _levels(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     """(version, folder) from the process's own group up to where its tree is mounted, for both versions."""
-    groups = _own_groups(_read_text(root / "proc/self/cgroup"), controller)
-    mounts = _cgroup_mounts(_read_text(root / "proc/self/mountinfo"), controller)
+    groups = _own_groups(read_text(root / "proc/self/cgroup"), controller)
+    mounts = _cgroup_mounts(read_text(root / "proc/self/mountinfo"), controller)
     for version, group in groups.items():
         candidates = [(top, mount) for kind, top, mount in mounts if kind == version]
         inside = [entry for entry in candidates if PurePosixPath(group).is_relative_to(entry[0])]
@@ -85,9 +104,8 @@ def _levels(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
             below = PurePosixPath(group.lstrip("/"))
         top_folder = root / mount.lstrip("/")
         folder = top_folder / below if ".." not in below.parts else top_folder
-        while True:
-            if folder.is_dir():
-                yield version, folder
+        for _ in range(_MOST_LEVELS):  # a level that is not there states no limit
+            yield version, folder
             if folder == top_folder:
                 break
             folder = folder.parent
@@ -116,7 +134,9 @@ def _cgroup_mounts(text: str, controller: str) -> list[tuple[int, str, str]]:
         left, right = head.split(" "), tail.split(" ")
         if len(left) < 6 or len(right) < 3:
             continue
-        top, mount = (part.replace("\\040", " ") for part in left[3:5])
+        top, mount = (_ESCAPE.sub(lambda code: chr(int(code[1], 8)), part) for part in left[3:5])
+        if ".." in PurePosixPath(mount).parts:
+            continue
         if right[0] == "cgroup2":
             mounts.append((2, top, mount))
         elif right[0] == "cgroup" and controller in right[2].split(","):
@@ -124,30 +144,13 @@ def _cgroup_mounts(text: str, controller: str) -> list[tuple[int, str, str]]:
     return mounts
 
 
-def _reclaimable(directory: Path, version: int) -> int:
-    """Page cache charged to the group and its children, in bytes; 0 when not stated."""
-    stat = dict(
-        line.split(" ", 1) for line in _read_text(directory / "memory.stat").splitlines() if " " in line
-    )
-    names = ("inactive_file", "active_file") if version == 2 else ("total_inactive_file", "total_active_file")
-    values = (stat.get(name, "").strip() for name in names)
-    return sum(int(value) for value in values if value.isdigit())
+def _tightest(stated: Iterable[int | None]) -> int | None:
+    """The smallest limit. 0 is none (no process could live under it), nor is an absurdly large one."""
+    return min((value for value in stated if value and value < _NO_LIMIT_BYTES), default=None)
 
 
-def _read_limit(path: Path) -> int | None:
-    """A limit in bytes; None for `max`, 0 (no process could live under it) and absurdly large numbers."""
-    value = _read_number(path)
-    return value if value is not None and 0 < value < _NO_LIMIT_BYTES else None
-
-
-def _read_number(path: Path) -> int | None:
-    text = _read_text(path).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _read_text(path: Path) -> str:
-    """The file's text; empty when it is missing or may not be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _read_stat(path: Path) -> dict[str, int]:
+    """The counters of `memory.stat`, in bytes."""
+    words = (line.split() for line in read_text(path).splitlines())
+    pairs = ((entry[0], parse_number(entry[1])) for entry in words if len(entry) == 2)
+    return {name: value for name, value in pairs if value is not None}

@@ -1,7 +1,7 @@
 """The processor: model, cores, what this process may use of them, and instruction sets.
 
-On Linux everything comes from `/proc/cpuinfo` and `/sys/devices/system/cpu`, which every user may read and
-which take a millisecond; elsewhere psutil gives the counts. The core counts of /proc and /sys are the
+On Linux everything comes from `/proc/cpuinfo` and `/sys/devices`, which every user may read and which take
+a few milliseconds; elsewhere psutil gives the counts. The core counts of /proc and /sys are the
 host's even inside a container: affinity (which includes cpusets) and the CPU quota say what is really ours.
 """
 
@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 
 from qnext.hardware.cgroups import CpuGroup, read_cpu_groups
+from qnext.hardware.files import parse_number, read_text
 from qnext.hardware.machine import Cpu, Sources
+from qnext.hardware.power import read_governor, read_power_profile
+from qnext.hardware.topology import count_performance_cores, read_last_level_cache, read_topology
+from qnext.hardware.virtual import CPUINFO_BYTES, read_container, read_hypervisor
 
 _X86_SETS = frozenset(
     {
@@ -28,6 +32,8 @@ _ARM_SETS = {
 }  # fmt: skip
 """Linux's names of arm64 features -> the names llama.cpp's build uses."""
 
+_CPUS = "sys/devices/system/cpu"
+
 
 def detect_cpu(sources: Sources, root: Path = Path("/"), affinity: frozenset[int] | None = None) -> Cpu:
     """Read the processor; notes go to `sources`. `root` stands for `/`.
@@ -42,17 +48,24 @@ def detect_cpu(sources: Sources, root: Path = Path("/"), affinity: frozenset[int
 
 
 def _detect_linux(sources: Sources, root: Path, affinity: frozenset[int] | None) -> Cpu:
-    model, sets = parse_cpuinfo(_read(root / "proc/cpuinfo"))
-    cores, sockets = _read_topology(root / "sys/devices/system/cpu")
+    model, sets = parse_cpuinfo(read_text(root / "proc/cpuinfo", CPUINFO_BYTES))
+    cores, sockets = read_topology(root / _CPUS)
     online = frozenset().union(*cores) if cores else frozenset()
     allowed = _affinity() if affinity is None else affinity
     usable = (allowed & online) or allowed or online
     usable_cores = len([core for core in cores if core & usable]) or None
     quota = min(read_cpu_groups(root), key=lambda group: group.cores, default=None)
-    where, how = "/sys/devices/system/cpu", "affinity" if allowed else "no affinity known"
+    where, how = f"/{_CPUS}", "affinity" if allowed else "no affinity known"
     if quota:
         how += f", CPU quota {quota.cores:g} in {quota.path}"
     missing = f"{where} has no topology"
+    performance, kinds = count_performance_cores(root, cores)
+    efficiency = None if performance is None else len(cores) - performance
+    llc, llc_source = read_last_level_cache(root / _CPUS, online)
+    governor, governor_source = read_governor(root)
+    profile, profile_source = read_power_profile(root)
+    hypervisor, hypervisor_source = read_hypervisor(root)
+    container, container_source = read_container(root)
     return Cpu(
         model=sources.record("cpu.model", model, "/proc/cpuinfo"),
         sockets=sources.record("cpu.sockets", sockets, where, missing),
@@ -63,6 +76,19 @@ def _detect_linux(sources: Sources, root: Path, affinity: frozenset[int] | None)
             "cpu.usable_logical_cores", _under_quota(len(usable) or None, quota), how, missing
         ),
         instruction_sets=sources.record("cpu.instruction_sets", sets, "/proc/cpuinfo"),
+        performance_cores=sources.record("cpu.performance_cores", performance, kinds, missing),
+        efficiency_cores=sources.record("cpu.efficiency_cores", efficiency, kinds, missing),
+        quota_cores=sources.record(
+            "cpu.quota_cores",
+            quota.cores if quota else None,
+            quota.path if quota else "",
+            "no control group limits CPU time",
+        ),
+        llc_bytes=sources.record("cpu.llc_bytes", llc, llc_source, llc_source),
+        governor=sources.record("cpu.governor", governor, governor_source, governor_source),
+        power_profile=sources.record("cpu.power_profile", profile, profile_source, profile_source),
+        hypervisor=sources.record("cpu.hypervisor", hypervisor, hypervisor_source, hypervisor_source),
+        container=sources.record("cpu.container", container, container_source, container_source),
     )
 
 
@@ -86,31 +112,6 @@ def parse_cpuinfo(text: str) -> tuple[str | None, tuple[str, ...] | None]:
     return model, None
 
 
-def _read_topology(folder: Path) -> tuple[list[frozenset[int]], int | None]:
-    """(logical CPU numbers of each physical core, number of sockets) of the CPUs that are online."""
-    cores: set[frozenset[int]] = set()
-    packages: set[str] = set()
-    for entry in folder.glob("cpu[0-9]*"):
-        siblings = _parse_cpu_list(
-            _read(entry / "topology/core_cpus_list") or _read(entry / "topology/thread_siblings_list")
-        )
-        if siblings:  # an offline CPU has no topology
-            cores.add(siblings)
-            packages.add(_read(entry / "topology/physical_package_id").strip())
-    return sorted(cores, key=min), len(packages) if packages and packages != {""} else None
-
-
-def _parse_cpu_list(text: str) -> frozenset[int]:
-    """`0,4-6` -> {0, 4, 5, 6}; empty for anything else."""
-    numbers: set[int] = set()
-    for part in text.strip().split(","):
-        low, _, high = part.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
-            return frozenset()
-        numbers.update(range(int(low), int(high or low) + 1))
-    return frozenset(numbers)
-
-
 def _under_quota(count: int | None, quota: CpuGroup | None) -> int | None:
     """Threads beyond the quota's whole CPUs would be stopped in each period: round down, keep one."""
     return count if count is None or quota is None else min(count, max(1, int(quota.cores)))
@@ -132,6 +133,8 @@ def _detect_other(sources: Sources, affinity: frozenset[int] | None) -> Cpu:
     usable_cores = min(physical, usable) if physical and usable else None
     model = _sysctl("machdep.cpu.brand_string") if sys.platform == "darwin" else platform.processor() or None
     sets = ("dotprod", "fp16", "neon") if apple else None
+    fast, slow = (_perf_level(0), _perf_level(1)) if apple else (None, None)
+    levels = "sysctl hw.perflevel0 and hw.perflevel1"
     return Cpu(
         model=sources.record("cpu.model", model, "the operating system"),
         sockets=sources.record("cpu.sockets", None, "", "not read on this operating system"),
@@ -142,7 +145,14 @@ def _detect_other(sources: Sources, affinity: frozenset[int] | None) -> Cpu:
         instruction_sets=sources.record(
             "cpu.instruction_sets", sets, "every Apple silicon CPU has them", "not read on this system"
         ),
+        performance_cores=sources.record("cpu.performance_cores", fast, levels, "not read on this system"),
+        efficiency_cores=sources.record("cpu.efficiency_cores", slow, levels, "not read on this system"),
     )
+
+
+def _perf_level(level: int) -> int | None:
+    """Physical cores of Apple's performance level 0 (the fast ones) or 1."""
+    return parse_number(_sysctl(f"hw.perflevel{level}.physicalcpu") or "")
 
 
 def _sysctl(name: str) -> str | None:
@@ -153,10 +163,3 @@ def _sysctl(name: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
