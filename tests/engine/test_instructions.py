@@ -26,7 +26,7 @@ def test_the_engine_runs_here_so_it_needs_nothing_this_cpu_lacks(tmp_path: Path)
 def test_an_engine_that_dies_of_an_illegal_instruction_is_remembered_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The child kills itself with SIGILL before it loads the library; a foreign build does so while loading."""
+    """The child kills itself with SIGILL before it loads the library; a foreign build while it does."""
     (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     build, entry = require_build(), tmp_path / "instructions.json"
