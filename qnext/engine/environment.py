@@ -88,7 +88,7 @@ _ENGINE_FAMILIES = {
     "GGML_RPC_": "Is a switch of the RPC backend.",
     "GGML_RDMA_": "Chooses the network device of RPC.",
     "GGML_": "Is a switch of ggml.",
-    "LLAMA_": "Is a switch of llama.cpp, if of this release.",
+    "LLAMA_": "Is a switch of llama.cpp; not every release knows it.",
     "KMP_": "Is a switch of Intel's OpenMP: threads, their places and how long they spin.",
     "MALLOC_": "Is a switch of the C library's memory allocation.",
 }
