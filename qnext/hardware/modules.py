@@ -10,8 +10,8 @@ unknown: a wrong count would blame a sound machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qnext.hardware.dmi import Slot
 
@@ -46,13 +46,16 @@ class Modules:
     missing. The other fields mean what they mean there.
     """
 
-    modules: int | None
-    channels: int | None
-    channels_max: int | None
-    speed_mtps: int | None
-    speed_max_mtps: int | None
-    rated_bandwidth_bps: int | None
-    notes: dict[str, str]
+    modules: int | None = None
+    channels: int | None = None
+    channels_max: int | None = None
+    speed_mtps: int | None = None
+    speed_max_mtps: int | None = None
+    rated_bandwidth_bps: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+FIELDS = ("modules", "channels", "channels_max", "speed_mtps", "speed_max_mtps", "rated_bandwidth_bps")
 
 
 def judge_modules(slots: Sequence[Slot], total_bytes: int | None) -> Modules:
@@ -68,7 +71,7 @@ def judge_modules(slots: Sequence[Slot], total_bytes: int | None) -> Modules:
     elif total_bytes and not installed / _SMALLEST_SHARE <= total_bytes <= installed * 1.01:
         doubt = "the firmware's module sizes do not agree with the system's RAM"
     if doubt:
-        return Modules(None, None, None, None, None, None, dict.fromkeys(FIELDS, doubt))
+        return Modules(notes=dict.fromkeys(FIELDS, doubt))
     notes: dict[str, str] = {}
     speed, rating = _speeds(filled, notes)
     used, present, width = _channels(slots, filled, notes)
@@ -87,9 +90,6 @@ def judge_modules(slots: Sequence[Slot], total_bytes: int | None) -> Modules:
         rated_bandwidth_bps=rate,
         notes=notes,
     )
-
-
-FIELDS = ("modules", "channels", "channels_max", "speed_mtps", "speed_max_mtps", "rated_bandwidth_bps")
 
 
 def name_channels(slots: Sequence[Slot]) -> list[str] | None:

@@ -21,6 +21,8 @@ _GOVERNORS = ("powersave", "conservative", "userspace", "ondemand", "schedutil",
 _PREFERENCES = ("power", "balance_power", "default", "balance_performance", "performance")
 """Both from the most saving to the fastest; a name not listed counts as being in the middle."""
 
+_SAVING_PLATFORMS = {"low-power", "quiet", "cool"}
+
 _WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
 _CPUS = "sys/devices/system/cpu"
 
@@ -39,16 +41,21 @@ def read_governor(root: Path = Path("/")) -> tuple[str | None, str]:
 
 
 def read_power_profile(root: Path = Path("/")) -> tuple[str | None, str]:
-    """(energy preference, else the firmware's platform profile; source or reason). Most saving as above."""
+    """(energy preference, or the firmware's platform profile; source or reason).
+
+    The preference is the most saving one where CPUs differ. A saving platform profile goes first: it lowers
+    the power the CPU may draw, which no preference makes up for.
+    """
     preference = _most_saving(
         (_word(policy / "energy_performance_preference") for policy in _policies(root)), _PREFERENCES
     )
     platform = _word(root / "sys/firmware/acpi/platform_profile")
+    if platform is not None and (preference is None or platform in _SAVING_PLATFORMS):
+        beside = f"; energy preference {preference}" if preference else ""
+        return platform, f"/sys/firmware/acpi/platform_profile{beside}"
     if preference is not None:
         beside = f"; platform profile {platform}" if platform else ""
         return preference, f"cpufreq energy_performance_preference{beside}"
-    if platform is not None:
-        return platform, "/sys/firmware/acpi/platform_profile"
     return None, "no energy preference in cpufreq and no platform profile in the firmware"
 
 
