@@ -17,7 +17,7 @@ from qnext.hardware.dmi import read_slots
 from qnext.hardware.files import parse_number, read_text
 from qnext.hardware.machine import Memory, Sources
 from qnext.hardware.modules import FIELDS, Modules, judge_modules
-from qnext.hardware.numa import read_numa_nodes
+from qnext.hardware.numa import read_numa_nodes, read_numa_policy
 from qnext.hardware.virtual import read_hypervisor
 from qnext.units import KIB, format_bytes
 
@@ -49,12 +49,9 @@ def detect_memory(sources: Sources, root: Path = Path("/")) -> Memory:
     usable, binding = min(candidates, default=(None, ""))
     locked, locked_source = _locked_limit(root, total)
     swap_missing = f"not in {source}"
-    if not sys.platform.startswith("linux"):
-        ours = Memory()
-    else:
-        ours = _detect_linux_only(sources, root, total, counts)
+    linux = sys.platform.startswith("linux")
     return dataclasses.replace(
-        ours,
+        _detect_linux_only(sources, root, total, counts) if linux else Memory(),
         total_bytes=sources.record("memory.total_bytes", total, source),
         available_bytes=sources.record(
             "memory.available_bytes", available, source, f"{source} has no believable figure"
@@ -83,6 +80,7 @@ def _detect_linux_only(sources: Sources, root: Path, total: int | None, counts: 
     """Modules, pages and nodes: the facts that only Linux tells."""
     modules = _read_modules(sources, root, total)
     nodes, nodes_source = read_numa_nodes(root, total)
+    policy, policy_source = read_numa_policy(root)
     pages = {}
     for name in ("total", "free"):
         count, size = counts.get(f"huge_{name}"), counts.get("huge_size")
@@ -103,6 +101,7 @@ def _detect_linux_only(sources: Sources, root: Path, total: int | None, counts: 
         hugepages_free_bytes=pages["free"],
         transparent_hugepages=sources.record("memory.transparent_hugepages", thp, thp_source, thp_source),
         numa_nodes=sources.record("memory.numa_nodes", nodes, nodes_source, nodes_source),
+        numa_policy=sources.record("memory.numa_policy", policy, policy_source, policy_source),
     )
 
 

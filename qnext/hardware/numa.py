@@ -1,7 +1,8 @@
 """Memory nodes: which RAM hangs on which CPUs (one node per socket, or several per socket on EPYC).
 
 Only the nodes this process may take memory from count: a cpuset (a container, a batch job, taskset's sibling
-numactl) may leave some out, and `Mems_allowed_list` in /proc/self/status says which are left.
+numactl) may leave some out, and `Mems_allowed_list` in /proc/self/status says which are left. Where new
+pages go by default is the process's policy, which `numactl --interleave=all` sets and children inherit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def read_numa_nodes(
         found = re.search(r"MemTotal:\s*([0-9]{1,15}) kB", read_text(folder / "meminfo"))
         size = int(found[1]) * KIB if found else None
         if size is None or (most_bytes is not None and size > most_bytes):
-            return None, f"/{_NODES}/node{number} has no believable size"
+            return None, f"/{_NODES}/node{number} states no size, or more than the machine's RAM"
         if size == 0:
             empty += 1
         elif allowed and number not in allowed:
@@ -46,6 +47,16 @@ def read_numa_nodes(
     if empty:
         notes.append(f"{empty} without RAM")
     return tuple(nodes), ", ".join(notes)
+
+
+def read_numa_policy(root: Path = Path("/")) -> tuple[str | None, str]:
+    """(where this process's new pages go: `default`, `interleave`, `weighted interleave`, `bind`…; source).
+
+    Each mapping without a policy of its own shows the process's, and Python gives none to its mappings.
+    """
+    text = read_text(root / "proc/self/numa_maps", 4096)
+    found = re.search(r"^[0-9a-f]{1,16} ([a-z]+( interleave)?)\b", text, re.MULTILINE)
+    return (found[1], "/proc/self/numa_maps") if found else (None, "/proc/self/numa_maps is not shown here")
 
 
 def _status_field(root: Path, name: str) -> str:
