@@ -34,6 +34,11 @@ class Paths:
         return self.config_dir / "config.toml"
 
     @property
+    def hardware_dir(self) -> Path:
+        """The user's own hardware profiles, one YAML file each."""
+        return self.config_dir / "hardware"
+
+    @property
     def results_db(self) -> Path:
         """SQLite database of every measurement."""
         return self.data_dir / "results.db"

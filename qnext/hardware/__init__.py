@@ -11,7 +11,8 @@ from qnext.hardware.machine import (
     machine_fingerprint,
     machine_to_dict,
 )
-from qnext.hardware.recorded import list_profiles, load_machine, machine_from_dict
+from qnext.hardware.recorded import list_profiles, load_machine, save_profile
+from qnext.hardware.strict_reading import machine_from_dict
 
 __all__ = [
     "Cpu",
@@ -26,4 +27,5 @@ __all__ = [
     "machine_fingerprint",
     "machine_from_dict",
     "machine_to_dict",
+    "save_profile",
 ]

@@ -51,7 +51,10 @@ class Surroundings:
 def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     """Detect or load the machine and fetch the remembered answers, asking those that are missing."""
     this_machine = request.hardware is None
-    machine = detect_machine(paths.data_dir) if request.hardware is None else load_machine(request.hardware)
+    if request.hardware is None:
+        machine = detect_machine(paths.data_dir)
+    else:
+        machine = load_machine(request.hardware, paths.hardware_dir)
     build = installed_build() if this_machine else None
     if build is not None:
         machine = add_engine_gpus(machine, build)
