@@ -134,7 +134,7 @@ class PlanFlags:
         typer.Option(
             "--hardware",
             metavar="NAME|FILE",
-            help="Plan for a recorded machine instead of this one.",
+            help="Plan for another machine: see qnext profile list.",
             rich_help_panel=_MACHINE,
         ),
     ] = None
