@@ -237,7 +237,7 @@ class PlanFlags:
     verbose: Verbose = False
 
 
-def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
+def takes_plan_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """Give `command`, whose parameter `flags` is a PlanFlags, the options of that class."""
     hints = get_type_hints(PlanFlags, include_extras=True)
     own = [
@@ -253,9 +253,9 @@ def takes_plan_flags(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def wrapper(**given: Any) -> None:
+    def wrapper(**given: Any) -> int | None:
         flags = PlanFlags(**{field.name: given.pop(field.name) for field in fields(PlanFlags)})
-        command(**given, flags=flags)
+        return command(**given, flags=flags)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -86,19 +86,19 @@ def _gpu_backends(engine: EngineFacts) -> list[str]:
 
 def _compiled(case: Case, engine: EngineFacts) -> Iterator[Finding]:
     sets, compiled = case.machine.cpu.instruction_sets, engine.compiled_sets
-    if sets is None or compiled is None:
-        return
-    needed = sorted(set(compiled) - set(sets) - {"avx_vnni"})
-    if needed:
+    needed = sorted(set(compiled or ()) - set(sets or compiled or ()))
+    if needed or engine.dies_of_instruction:
         yield Finding(
             id="engine-crashes-here",
             level="error",
             about="engine.instructions",
-            what=f"the engine needs {', '.join(needed)}, which this CPU lacks",
+            what=f"the engine needs {', '.join(needed) or 'instructions'} that this CPU lacks",
             because="it was built on or for another machine, and stops at the first such instruction",
             fix=engine.rebuild.get("cpu", "build the engine on this machine"),
             unpriced="it does not run at all",
         )
+    if sets is None or compiled is None:
+        return
     lacking = [name for name in _SPEED_SETS if name in sets and name not in compiled]
     if lacking:
         yield Finding(

@@ -43,7 +43,7 @@ def _size(case: Case) -> Iterator[Finding]:
         what=f"too little RAM for {case.model}: {format_bytes(missing)} missing",
         because=f"{format_bytes(memory.usable_bytes)} can be used of {format_bytes(memory.total_bytes)}; the "
         f"model needs {format_bytes((memory.usable_bytes or 0) + missing)} beside what its GPUs hold",
-        fix=f"{case.would_fit}, or more RAM" if case.would_fit else "Take a smaller quant, or add RAM.",
+        fix=f"Use {case.would_fit}; or add RAM." if case.would_fit else "Take a smaller model, or add RAM.",
         unpriced="it does not run at all",
     )
 

@@ -21,7 +21,8 @@ class EngineFacts:
 
     `build` is what people know it by (`llama-cpp-python 0.3.36`), None when there is no engine.
     `claimants` are the distributions that provide the import name `llama_cpp`; `backends` are those compiled
-    in; `compiled_sets` the instruction sets of its CPU code, None when it was not asked. `safe_layout` is the
+    in; `compiled_sets` the instruction sets of its CPU code, None when it was not asked, and
+    `dies_of_instruction` whether it died when it was. `safe_layout` is the
     probed weight layout, None when not probed. `rebuild` maps a kind of GPU, or `cpu`, to the command that
     builds the engine for it.
     """
@@ -32,6 +33,7 @@ class EngineFacts:
     claimants: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
     compiled_sets: tuple[str, ...] | None = None
+    dies_of_instruction: bool = False
     safe_layout: RepackPolicy | None = None
     rebuild: Mapping[str, str] = field(default_factory=dict)
 

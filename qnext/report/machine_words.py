@@ -38,7 +38,7 @@ def machine_sections(machine: Machine, file_bytes: int | None = None) -> list[Se
         Section(f"GPU {position}", tuple(_gpu_rows(machine, position, gpu)))
         for position, gpu in enumerate(machine.gpus)
     ]
-    none = Row("gpus", "GPU", "none", machine.sources.get("gpus", ""))
+    none = Row("gpus", "GPU", "none", _why(machine, "gpus"))
     return [
         Section("CPU", tuple(_cpu_rows(machine))),
         Section("Memory", tuple(_memory_rows(machine))),
@@ -75,7 +75,7 @@ def _cpu_rows(machine: Machine) -> Iterator[Row]:
         "cpu.usable",
         "usable",
         f"{_count(cpu.usable_cores, 'core')}, {_count(cpu.usable_logical_cores, 'thread')}",
-        machine.sources.get("cpu.usable_cores", ""),
+        _why(machine, "cpu.usable_cores"),
     )
     yield Row(
         "cpu.instructions",
@@ -97,14 +97,21 @@ def _memory_rows(machine: Machine) -> Iterator[Row]:
         "memory.size",
         "size",
         format_bytes(memory.total_bytes),
-        f"{format_bytes(memory.usable_bytes)} usable now, {machine.sources.get('memory.usable_bytes', '')}",
+        ", ".join(
+            part
+            for part in (
+                f"{format_bytes(memory.usable_bytes)} usable now",
+                _why(machine, "memory.usable_bytes"),
+            )
+            if part
+        ),
     )
     limited = memory.limit_bytes is not None
     yield Row(
         "memory.limit",
         "limit",
         format_bytes(memory.limit_bytes) if limited else "none",
-        machine.sources.get("memory.limit_bytes", ""),
+        _why(machine, "memory.limit_bytes"),
     )
     yield Row(
         "memory.modules",
@@ -233,4 +240,6 @@ def _count(count: int | None, noun: str) -> str:
 
 
 def _why(machine: Machine, path: str) -> str:
-    return machine.sources.get(path, "")
+    """Where a fact comes from, or why it is missing; nothing for what a recording does or does not state."""
+    source = machine.sources.get(path, "")
+    return "" if "the recording" in source else source

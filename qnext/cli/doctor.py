@@ -1,0 +1,72 @@
+"""`qnext doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated
+
+import typer
+
+from qnext.cli.flags import PlanFlags, make_request, takes_plan_flags
+from qnext.cli.output import note, print_json, print_table, progress_bar
+
+_OK, _TROUBLE = 0, 3
+
+
+@takes_plan_flags
+def doctor(
+    flags: PlanFlags,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="What prices are quoted for: a GGUF file, demo, or a shape such as qwen3-30b-a3b:Q4_K_M.",
+        ),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full/--quick", help="Measure RAM, disk and GPU links (some 15 s), or only look."),
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", metavar="", help="Warnings end with exit code 3, too.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", metavar="", help="Print a block for a bug report, nothing personal.")
+    ] = False,
+    save: Annotated[
+        str | None,
+        typer.Option("--save", metavar="NAME", help="Keep this machine as a profile for --hardware NAME."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", metavar="", help="Print all as JSON.")] = False,
+) -> int:
+    """Tell what this machine is, what limits it, and what each fault costs in tokens per second.
+
+    Example: qnext doctor --full --model qwen3-next-80b-a3b:Q4_K_M
+    """
+    from qnext.config import find_paths
+    from qnext.pipeline.doctoring import DEFAULT_MODEL, examination_to_dict, examine_machine
+    from qnext.plan.values import Workload
+
+    request = make_request(model or DEFAULT_MODEL, flags, Workload())
+    paths = find_paths()
+    with progress_bar("measuring") if full else contextlib.nullcontext() as show:
+        found = examine_machine(request, paths, named=model is not None, full=full, notice=note, show=show)
+    if save is not None:
+        from qnext.hardware.recorded import save_profile
+
+        note(f"saved as {save_profile(found.machine, save, paths.hardware_dir)}")
+    if json_output:
+        print_json(examination_to_dict(found))
+    elif markdown:
+        from qnext.report.doctor_markdown import doctor_markdown
+
+        typer.echo(doctor_markdown(found))
+    else:
+        from qnext.report.doctor_view import doctor_view
+
+        print_table(doctor_view(found))
+    levels = {finding.level for finding in found.findings}
+    bad = "error" in levels or (strict and "warning" in levels)
+    return _TROUBLE if bad else _OK

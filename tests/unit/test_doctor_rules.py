@@ -1,0 +1,225 @@
+"""Faults of constructed and recorded machines: which findings, how bad, and that the price is the planner's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from qnext.doctor.case import Case, Circumstances
+from qnext.doctor.examine import examine
+from qnext.doctor.values import EngineFacts, Finding, Variable
+from qnext.doctor.words import price_text
+from qnext.hardware import Machine, NumaNode, list_profiles, load_machine
+from qnext.models.header import ModelHeader
+from qnext.models.shape import ModelShape, read_shape
+from qnext.models.synth.imagined import imagined_header
+from qnext.plan.options import Wishes
+from qnext.units import GIB, MIB
+
+MODEL = "Qwen3-Next-80B-A3B Q4_K_M"
+BOX = "rtx5080-128gb"
+ENGINE = EngineFacts(
+    build="llama-cpp-python 0.3.36",
+    pinned_version="llama-cpp-python 0.3.36",
+    claimants=("llama-cpp-python 0.3.36",),
+    backends=("cpu", "cuda", "rpc"),
+    safe_layout="full",
+    rebuild={"cpu": "rebuild it", "cuda": "rebuild it for CUDA"},
+)
+
+
+@cache
+def _model() -> tuple[ModelHeader, ModelShape]:
+    header = imagined_header("qwen3-next-80b-a3b", "Q4_K_M")
+    return header, read_shape(header)
+
+
+def case(machine: Machine, *, here: dict[str, Any] | None = None, **about: Any) -> Case:
+    header, shape = _model()
+    return Case(Circumstances(machine, **(here or {})), MODEL, header, shape, **about)
+
+
+def changed(part: str, **values: Any) -> Machine:
+    """The healthy box with some facts of `cpu`, `memory`, `disk` or its first GPU changed."""
+    box = load_machine(BOX)
+    if part == "gpu":
+        return replace(box, gpus=(replace(box.gpus[0], **values),))
+    return replace(box, **{part: replace(getattr(box, part), **values)})
+
+
+def ids(found: tuple[Finding, ...]) -> list[str]:
+    return [finding.id for finding in found]
+
+
+FAULTS: list[tuple[Machine, list[str]]] = [
+    (changed("memory", channels=1, channels_max=2, rated_bandwidth_bps=38_400_000_000), ["memory-channels"]),
+    (changed("memory", channels=1, channels_max=None), ["memory-channels"]),
+    (changed("memory", speed_mtps=4800, speed_max_mtps=6000), ["memory-profile"]),
+    (changed("memory", measured_bandwidth_bps=35_000_000_000), ["memory-slow"]),
+    (changed("memory", measured_bandwidth_bps=60_000_000_000), []),
+    (
+        changed("memory", limit_bytes=16 * GIB, usable_bytes=15 * GIB),
+        ["memory-limit", "memory-too-small"],
+    ),
+    (changed("memory", limit_bytes=100 * GIB, usable_bytes=99 * GIB), ["memory-limit"]),
+    (changed("memory", swap_total_bytes=8 * GIB, swap_free_bytes=4 * GIB), ["swap-in-use"]),
+    (changed("memory", swap_total_bytes=8 * GIB, swap_free_bytes=8 * GIB - 100 * MIB), []),
+    (changed("memory", usable_bytes=6 * GIB), ["memory-too-small"]),
+    (changed("memory", locked_limit_bytes=8 * MIB), ["locked-memory"]),
+    (changed("memory", transparent_hugepages="never"), ["huge-pages-off"]),
+    (changed("memory", hugepages_total_bytes=GIB, hugepages_free_bytes=GIB), ["huge-pages-reserved"]),
+    (
+        changed("memory", numa_nodes=(NumaNode(0, 64 * GIB, 16), NumaNode(1, 64 * GIB, 16))),
+        ["numa-not-interleaved"],
+    ),
+    (
+        changed(
+            "memory",
+            numa_nodes=(NumaNode(0, 64 * GIB, 16), NumaNode(1, 64 * GIB, 16)),
+            numa_policy="interleave",
+        ),
+        [],
+    ),
+    (changed("cpu", usable_cores=4, usable_logical_cores=4, quota_cores=4.0), ["cpu-limit"]),
+    (changed("cpu", governor="powersave"), ["cpu-powersave"]),
+    (changed("cpu", power_profile="low-power"), ["cpu-powersave"]),
+    (changed("cpu", instruction_sets=("sse4_2",)), ["cpu-without-avx2"]),
+    (changed("gpu", pcie_gen_loaded=4, pcie_width_loaded=4), ["gpu-link"]),
+    (changed("gpu", pcie_width_max=8, pcie_width_card_max=16, pcie_width_slot_max=8), ["gpu-link"]),
+    (changed("gpu", pcie_gen=1, pcie_gen_loaded=5, pcie_width_loaded=16), []),
+    (changed("gpu", h2d_pinned_bps=9_000_000_000, pcie_gen_loaded=5), ["gpu-copies-slow"]),
+    (changed("gpu", h2d_pinned_bps=50_000_000_000), []),
+    (changed("gpu", power_limit_w=250, power_default_w=360), ["gpu-power-cap"]),
+    (changed("gpu", power_limit_w=360, power_default_w=360), []),
+    (changed("gpu", throttle_reasons=("heat",)), ["gpu-throttled"]),
+    (changed("gpu", throttle_reasons=()), []),
+    (changed("gpu", vram_free_bytes=8 * GIB), ["gpu-memory-held"]),
+    (changed("gpu", vram_others_bytes=6 * GIB, processes=2, vram_free_bytes=9 * GIB), ["gpu-memory-held"]),
+    (changed("disk", filesystem="nfs4", network=True), ["disk-network"]),
+    (changed("disk", filesystem="fuse.mergerfs", network=False, fuse=True), ["disk-fuse"]),
+    (changed("disk", read_bps=500_000_000), ["disk-slow"]),
+    (changed("disk", read_bps=5_000_000_000), []),
+    (changed("disk", free_bytes=20 * GIB), ["disk-full"]),
+]
+
+
+@pytest.mark.parametrize(("machine", "expected"), FAULTS)
+def test_one_fault_gives_its_finding_and_no_other(machine: Machine, expected: list[str]) -> None:
+    found = examine(case(machine, engine=ENGINE))
+    assert sorted(ids(found)) == sorted(expected)
+    for finding in found:
+        assert finding.fix and finding.because
+        assert (finding.price is None) == bool(finding.unpriced)
+        assert price_text(finding)
+
+
+RECORDED = {
+    "rtx5080-128gb": [],
+    "rtx4070-64gb": [],
+    "epyc-12ch-cpu": [],
+    "laptop-8gb": ["memory-too-small"],
+}
+
+
+@pytest.mark.parametrize("name", list_profiles())
+def test_recorded_machines_have_exactly_these_findings(name: str) -> None:
+    assert ids(examine(case(load_machine(name)))) == RECORDED[name]
+
+
+ENGINES: list[tuple[EngineFacts, dict[str, Any], list[str]]] = [
+    (ENGINE, {}, []),
+    (replace(ENGINE, build=None), {}, ["engine-missing"]),
+    (replace(ENGINE, expected=False, build="llama-cpp-python 0.3.40+cu128 (a fork)"), {}, ["engine-other"]),
+    (replace(ENGINE, claimants=("llama-cpp-python 0.3.36", "other 1.0")), {}, ["engine-conflict"]),
+    (replace(ENGINE, backends=("cpu", "rpc")), {"backends": ("cpu", "rpc")}, ["engine-without-gpu"]),
+    (replace(ENGINE, compiled_sets=("avx2",)), {"compiled_sets": ("avx2",)}, ["engine-for-another-cpu"]),
+    (
+        replace(ENGINE, compiled_sets=("amx_int8", "avx2", "avx512_vnni", "avx512f", "avx_vnni")),
+        {},
+        ["engine-crashes-here"],
+    ),
+    (replace(ENGINE, dies_of_instruction=True), {}, ["engine-crashes-here"]),
+    (replace(ENGINE, safe_layout="experts"), {}, ["amx-crash"]),
+    (ENGINE, {"wishes": Wishes(load_mode="mmap")}, ["mmap-with-overrides"]),
+    (ENGINE, {"threads": 32}, ["threads-all-logical"]),
+]
+
+
+@pytest.mark.parametrize(("engine", "here", "expected"), ENGINES)
+def test_a_fault_of_the_engine_or_its_settings_is_found(
+    engine: EngineFacts, here: dict[str, Any], expected: list[str]
+) -> None:
+    assert ids(examine(case(load_machine(BOX), engine=engine, here=here))) == expected
+
+
+def test_a_variable_that_reaches_the_engine_is_worse_than_one_that_does_not() -> None:
+    variables = (Variable("OLLAMA_HOST", "of others", False), Variable("GGML_CUDA_X", "of ours", True))
+    found = examine(case(load_machine(BOX), engine=ENGINE, variables=variables))
+    assert [(one.level, one.what) for one in found] == [
+        ("warning", "GGML_CUDA_X is set"),
+        ("info", "OLLAMA_HOST is set"),
+    ]
+
+
+def only(machine: Machine, **about: Any) -> Finding:
+    (finding,) = examine(case(machine, engine=ENGINE, **about))
+    return finding
+
+
+def test_the_price_of_a_missing_channel_is_that_of_half_the_bandwidth() -> None:
+    half = changed("memory", channels=1, channels_max=2, rated_bandwidth_bps=38_400_000_000)
+    price = only(half).price
+    assert price is not None and price.decode.now is not None and price.decode.mended is not None
+    assert price.decode.mended == case(load_machine(BOX)).now.prediction.decode_tps
+    assert price.decode.now == case(half).now.prediction.decode_tps
+    assert -0.5 < (price.decode.share or 0) < -0.2
+    assert "decode −" in price_text(only(half)) and f"t/s for {MODEL}" in price_text(only(half))
+
+
+def test_a_slow_link_costs_prefill_and_not_decode() -> None:
+    price = only(changed("gpu", pcie_gen_loaded=4, pcie_width_loaded=4)).price
+    assert price is not None
+    assert (price.prefill.share or 0) < -0.5
+    assert price.decode.share == 0
+
+
+def test_a_limit_that_keeps_the_model_out_is_priced_as_what_would_run() -> None:
+    found = examine(case(changed("memory", limit_bytes=16 * GIB, usable_bytes=15 * GIB)))
+    price = next(one.price for one in found if one.id == "memory-limit")
+    assert price is not None and price.decode.now is None and price.decode.mended is not None
+    assert price.worst == -1.0
+    text = price_text(next(one for one in found if one.id == "memory-limit"))
+    assert "once it fits" in text
+
+
+def test_a_model_the_user_named_and_cannot_run_is_an_error() -> None:
+    small = changed("memory", usable_bytes=6 * GIB)
+    assert only(small).level == "warning"
+    assert only(small, named=True).level == "error"
+
+
+def test_a_model_that_is_here_needs_no_room_for_its_download() -> None:
+    assert ids(examine(case(changed("disk", free_bytes=GIB), on_disk=True))) == []
+
+
+def test_powersave_is_normal_where_the_driver_follows_the_energy_preference() -> None:
+    machine = changed("cpu", governor="powersave", power_profile="balance_performance")
+    sources = {**machine.sources, "cpu.governor": "cpufreq scaling_governor, driver amd-pstate-epp"}
+    assert ids(examine(case(replace(machine, sources=sources)))) == []
+
+
+def test_the_worst_comes_first() -> None:
+    box = changed("memory", channels=1, channels_max=2, speed_mtps=5600, speed_max_mtps=6000)
+    box = replace(box, gpus=(replace(box.gpus[0], pcie_gen_loaded=3, pcie_width_loaded=4),))
+    found = examine(case(box, engine=replace(ENGINE, dies_of_instruction=True)))
+    assert found[0].level == "error"
+    worst = [one.price.worst for one in found if one.level == "warning" and one.price]
+    assert worst == sorted(worst) and len(worst) >= 2
+
+
+def test_a_machine_of_which_nothing_is_known_has_no_findings_but_too_little_memory() -> None:
+    machine = Machine(memory=replace(Machine().memory, total_bytes=64 * GIB))
+    assert ids(examine(case(machine))) == []
