@@ -78,7 +78,10 @@ def _parse_report(text: str, problem: str) -> NvmlReport:
 
 
 def _readings(nvml: Any) -> dict[str, Callable[[Any], Any]]:
-    """Readings by name, the important ones first. Clocks are MHz at their maximum, widths bits or lanes."""
+    """Readings by name, the important ones first, the listing of processes, which may take longest, last.
+
+    Clocks are MHz, at their maximum unless the name says `now`; widths bits or lanes, power mW, modes 0 or 1.
+    """
     return {
         "name": nvml.nvmlDeviceGetName,
         "uuid": nvml.nvmlDeviceGetUUID,  # to match CUDA_VISIBLE_DEVICES; never kept
@@ -95,7 +98,41 @@ def _readings(nvml: Any) -> dict[str, Callable[[Any], Any]]:
         "pcie_gen_max": lambda gpu: nvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu),
         "pcie_width": lambda gpu: nvml.nvmlDeviceGetCurrPcieLinkWidth(gpu),
         "pcie_width_max": lambda gpu: nvml.nvmlDeviceGetMaxPcieLinkWidth(gpu),
+        "pcie_gen_card_max": lambda gpu: nvml.nvmlDeviceGetGpuMaxPcieLinkGeneration(gpu),
+        "power_limit": _either(nvml, "nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementLimit"),
+        "power_default": lambda gpu: nvml.nvmlDeviceGetPowerManagementDefaultLimit(gpu),
+        "power_range": lambda gpu: list(nvml.nvmlDeviceGetPowerManagementLimitConstraints(gpu)),
+        "core_clock_now": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        "memory_clock_now": lambda gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+        "throttle_bits": _either(
+            nvml, "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+        ),
+        "ecc": lambda gpu: nvml.nvmlDeviceGetCurrentEccMode(gpu),
+        "mig": lambda gpu: nvml.nvmlDeviceGetMigMode(gpu)[0],
+        # The second form of this reading leaves out what the driver holds for itself.
+        "vram_used": lambda gpu: nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2).used,
+        "processes": lambda gpu: _count_processes(nvml, gpu),
     }
+
+
+def _either(nvml: Any, *names: str) -> Callable[[Any], Any]:
+    """The first of these functions that this driver has: newer drivers give them new names."""
+
+    def read(gpu: Any) -> Any:
+        for name in names[:-1]:
+            try:
+                return getattr(nvml, name)(gpu)
+            except (nvml.NVMLError, AttributeError):
+                continue
+        return getattr(nvml, names[-1])(gpu)
+
+    return read
+
+
+def _count_processes(nvml: Any, gpu: Any) -> int:
+    """Processes with a compute or graphics context, each counted once; neither names nor ids leave here."""
+    listed = nvml.nvmlDeviceGetComputeRunningProcesses(gpu) + nvml.nvmlDeviceGetGraphicsRunningProcesses(gpu)
+    return len({process.pid for process in listed})
 
 
 def _serve(deadline_s: float) -> None:

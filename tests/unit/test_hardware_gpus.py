@@ -6,8 +6,10 @@ deadline and its protocol are the real ones.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ def nvmlDeviceGetHandleByIndex(at): return at
 def nvmlDeviceGetName(gpu): return "NVIDIA GeForce RTX 5080"
 def nvmlDeviceGetUUID(gpu): return f"GPU-{gpu}{gpu}aa"
 def nvmlDeviceGetPciInfo(gpu): return SimpleNamespace(busId=f"00000000:0{gpu + 1}:00.0")
-def nvmlDeviceGetMemoryInfo(gpu): return SimpleNamespace(total=16303 << 20, free=15000 << 20)
+nvmlMemory_v2 = 2
+def nvmlDeviceGetMemoryInfo(gpu, version=1):
+    return SimpleNamespace(total=16303 << 20, free=15000 << 20, used=(1303 if version == 1 else 903) << 20)
 def nvmlDeviceGetCudaComputeCapability(gpu): return (12, 0)
 def nvmlSystemGetDriverVersion(): return "580.65"
 def nvmlDeviceGetNumGpuCores(gpu): return 10752
@@ -41,7 +45,20 @@ def nvmlDeviceGetCurrPcieLinkGeneration(gpu): return 1
 def nvmlDeviceGetMaxPcieLinkGeneration(gpu): return 5
 def nvmlDeviceGetCurrPcieLinkWidth(gpu): return 16
 def nvmlDeviceGetMaxPcieLinkWidth(gpu): return 16
+def nvmlDeviceGetGpuMaxPcieLinkGeneration(gpu): return 5
+def nvmlDeviceGetEnforcedPowerLimit(gpu): return 300000
+def nvmlDeviceGetPowerManagementDefaultLimit(gpu): return 360000
+def nvmlDeviceGetPowerManagementLimitConstraints(gpu): return [200000, 400000]
+def nvmlDeviceGetClockInfo(gpu, kind): return 405 if kind == 2 else 210
+def nvmlDeviceGetCurrentClocksEventReasons(gpu): return 0x1 | 0x4
+def nvmlDeviceGetCurrentEccMode(gpu): return 0
+def nvmlDeviceGetMigMode(gpu): return [0, 0]
+def nvmlDeviceGetComputeRunningProcesses(gpu):
+    return [SimpleNamespace(pid=4242, usedGpuMemory=None), SimpleNamespace(pid=4243, usedGpuMemory=5 << 20)]
+def nvmlDeviceGetGraphicsRunningProcesses(gpu): return [SimpleNamespace(pid=4242, usedGpuMemory=None)]
 """
+
+FUNCTIONS = sorted(set(re.findall(r"def (nvml\w+)", STAND_IN)))
 
 
 @pytest.fixture
@@ -82,9 +99,115 @@ def test_a_healthy_card_is_read_in_full(stand_in: Any) -> None:
         pcie_width=16,
         pcie_width_max=16,
         driver="580.65",
+        pcie_gen_card_max=5,
+        power_limit_w=300,
+        power_default_w=360,
+        power_max_w=400,
+        core_clock_mhz=210,
+        core_clock_max_mhz=3090,
+        memory_clock_mhz=405,
+        memory_clock_max_mhz=15001,
+        throttle_reasons=("power cap",),
+        processes=2,
+        vram_others_bytes=903 * MIB,
+        ecc=False,
+        mig=False,
     )
     assert sources["gpus.1.pcie_gen"] == "NVML, drops when idle"
-    assert "GPU-" not in str(gpus) + str(sources)  # the serial-like identity is not kept
+    assert not re.search(r"GPU-|424[23]", str(gpus) + str(sources))  # no serial-like identity, no process id
+
+
+def right_or_unknown(gpus: tuple[Gpu, ...], healthy: tuple[Gpu, ...]) -> bool:
+    """Whether every fact is the healthy one or None; a GPU that is not there claims nothing."""
+    return all(
+        value in (None, getattr(good, name))
+        for gpu, good in zip(gpus, healthy, strict=False)
+        for name, value in asdict(gpu).items()
+    )
+
+
+@linux_only
+def test_each_function_may_fail(stand_in: Any) -> None:
+    healthy, _ = stand_in()
+    for function in FUNCTIONS:
+        gpus, sources = stand_in(f"\ndef {function}(*a, **k): raise NVMLError('Unknown Error')\n")
+        assert right_or_unknown(gpus, healthy), function
+        assert gpus or "Unknown Error" in sources["gpus"], function
+
+
+@linux_only
+def test_each_function_may_hang(stand_in: Any) -> None:
+    healthy, _ = stand_in()
+    for function in FUNCTIONS:
+        began = time.monotonic()
+        gpus, sources = stand_in(f"\ndef {function}(*a, **k): time.sleep(60)\n", deadline_s=0.2)
+        assert time.monotonic() - began < 5, function
+        assert right_or_unknown(gpus, healthy), function
+        assert "did not answer within 0.2 s" in sources["gpus"], function
+
+
+ZERO_IS_AN_ANSWER = {"ecc", "mig", "throttle_bits", "processes", "vram_used"}
+
+
+def test_each_reading_may_lie() -> None:
+    good = {
+        **card("x", "0000:01:00.0", 1),
+        "vram_free": GIB,
+        "vram_used": GIB,
+        "compute_capability": [8, 9],
+        "driver": "580.65",
+        "memory_clock": 10501,
+        "memory_bus_width": 384,
+        "pcie_gen": 1,
+        "pcie_gen_max": 4,
+        "pcie_width": 8,
+        "pcie_width_max": 16,
+        "pcie_gen_card_max": 4,
+        "power_limit": 450_000,
+        "power_default": 450_000,
+        "power_range": [150_000, 600_000],
+        "core_clock_now": 210,
+        "memory_clock_now": 405,
+        "throttle_bits": 4,
+        "ecc": 1,
+        "mig": 1,
+        "processes": 3,
+    }
+    healthy = judge_gpus(NvmlReport([good], [{}]), Sources(), {})
+    for key in good:
+        for lie in (0, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, -1, "[N/A]", "", None, 1e30, [], [0], [0, 0]):
+            if lie == 0 and key in ZERO_IS_AN_ANSWER:
+                continue
+            gpus = judge_gpus(NvmlReport([{**good, key: lie}], [{}]), Sources(), {})
+            assert right_or_unknown(gpus, healthy), (key, lie)
+
+
+@linux_only
+def test_an_older_driver_is_asked_for_throttling_by_the_older_name(stand_in: Any) -> None:
+    gpus, _ = stand_in(
+        "\ndef nvmlDeviceGetCurrentClocksEventReasons(gpu): raise NVMLError('Function Not Found')\n"
+        "def nvmlDeviceGetCurrentClocksThrottleReasons(gpu): return 0x20 | 0x40\n"
+    )
+    assert gpus[0].throttle_reasons == ("temperature, by the driver", "temperature, by the hardware")
+
+
+def test_an_idle_card_at_clocks_that_were_asked_for_is_not_throttled() -> None:
+    (gpu,) = judge_gpus(NvmlReport([{"throttle_bits": 0x3}], [{}]), Sources(), {})
+    assert gpu.throttle_reasons == ()
+
+
+def test_processes_out_of_a_containers_sight_are_not_counted_as_none() -> None:
+    sources = Sources()
+    readings = {"vram_total": 24 * GIB, "vram_used": 6 * GIB, "processes": 0}
+    (gpu,) = judge_gpus(NvmlReport([readings], [{}]), sources, {})
+    assert (gpu.processes, gpu.vram_others_bytes) == (None, 6 * GIB)
+    assert "out of sight" in sources["gpus.0.processes"]
+
+
+def test_a_card_whose_memory_is_empty_is_held_by_nobody() -> None:
+    readings = {"vram_total": 24 * GIB, "vram_used": 0, "processes": 0}
+    (gpu,) = judge_gpus(NvmlReport([readings], [{}]), Sources(), {})
+    assert (gpu.processes, gpu.vram_others_bytes) == (0, 0)
 
 
 @linux_only
