@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qnext.hardware.cpu import detect_cpu
-from qnext.hardware.gpus import detect_gpus
+from qnext.hardware.gpus import detect_gpus, shares_host_memory
 from qnext.hardware.machine import Disk, Gpu, Machine, Sources, facts
 from qnext.hardware.memory import detect_memory
 
@@ -62,7 +62,7 @@ def _system() -> tuple[str | None, str | None]:
 
 
 def _unified(system: str | None, arch: str | None, gpus: tuple[Gpu, ...]) -> bool | None:
-    if system == "darwin" and arch == "arm64":
+    if (system == "darwin" and arch == "arm64") or any(shares_host_memory(gpu) for gpu in gpus):
         return True
     return False if gpus and all(gpu.vram_total_bytes for gpu in gpus) else None
 

@@ -8,6 +8,7 @@ cards follow as Linux shows them; Apple GPUs are known through the engine's own 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ _THROTTLE_BITS = {
     0x400: "reliability",
 }
 """NVML's reasons (nvml.h, nvmlClocksEventReasons). Idle (0x1) and clocks set by hand (0x2) are none."""
+
+_ON_THE_PROCESSOR = re.compile(r"\b(GB10|Thor|Orin)\b")
+"""As NVML names the GPUs of DGX Spark and Jetson; it answers "Not Supported" when asked for their memory."""
 
 _UNLISTED_BYTES = 256 * MIB
 """VRAM in use from which a list without any process cannot be whole."""
@@ -140,6 +144,11 @@ def _judge(
         ecc=note("ecc", _switch(raw.get("ecc"))),
         mig=note("mig", _switch(raw.get("mig"))),
     )
+
+
+def shares_host_memory(gpu: Gpu) -> bool:
+    """Whether an NVIDIA GPU is part of its processor and has no memory of its own (DGX Spark, Jetson)."""
+    return gpu.kind == "cuda" and _ON_THE_PROCESSOR.search(gpu.name or "") is not None
 
 
 def _cuda_order(report: NvmlReport, environ: Mapping[str, str]) -> tuple[list[int], str]:

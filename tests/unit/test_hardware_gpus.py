@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qnext.hardware.detect import detect_machine
 from qnext.hardware.gpus import detect_gpus, judge_gpus, normal_bus_id
 from qnext.hardware.machine import Gpu, Machine, Sources, facts
 from qnext.hardware.nvml import NvmlReport, read_nvml
@@ -144,6 +145,18 @@ def test_each_function_may_hang(stand_in: Any) -> None:
         assert time.monotonic() - began < 5, function
         assert right_or_unknown(gpus, healthy), function
         assert "did not answer within 0.2 s" in sources["gpus"], function
+
+
+@linux_only
+def test_a_gpu_that_is_part_of_its_processor_shares_the_memory(stand_in: Any, tmp_path: Path) -> None:
+    stand_in(
+        "\ndef nvmlDeviceGetCount(): return 1\ndef nvmlDeviceGetName(gpu): return 'NVIDIA GB10'\n"
+        "def nvmlDeviceGetMemoryInfo(*a, **k): raise NVMLError('Not Supported')\n"
+    )
+    machine = detect_machine(tmp_path, root=tmp_path, environ={}, gpu_deadline_s=20.0)
+    assert machine.unified_memory is True
+    assert machine.gpus[0].vram_total_bytes is None
+    assert machine.sources["gpus.0.vram_total_bytes"] == "NVML: Not Supported"
 
 
 ZERO_IS_AN_ANSWER = {"ecc", "mig", "throttle_bits", "processes", "vram_used"}
