@@ -58,7 +58,7 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     build = installed_build() if this_machine else None
     if build is not None:
         machine = add_engine_gpus(machine, build)
-    machine, warnings = _usable_gpus(machine, build)
+    machine, warnings = _usable_gpus(machine, build, this_machine)
     threads, threads_batch = thread_counts(machine)
     if this_machine:
         machine = _with_bandwidth(machine, threads, paths, notice)
@@ -75,14 +75,24 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     )
 
 
-def _usable_gpus(machine: Machine, build: EngineBuild | None) -> tuple[Machine, tuple[str, ...]]:
-    """The machine with the GPUs that the installed engine has a backend for, and a warning for the others."""
-    if build is None:
+def _usable_gpus(
+    machine: Machine, build: EngineBuild | None, this_machine: bool
+) -> tuple[Machine, tuple[str, ...]]:
+    """The machine with the GPUs that the installed engine can drive, and a warning for each of the others.
+
+    A card of this machine without an `index` is one that no engine has listed: it cannot be addressed.
+    """
+    if not this_machine:
         return machine, ()
-    usable = tuple(gpu for gpu in machine.gpus if backend_of(gpu) in build.backends)
+    listed = tuple(gpu for gpu in machine.gpus if gpu.index is not None)
+    if build is None:
+        return replace(machine, gpus=listed), ()
+    usable = tuple(gpu for gpu in listed if backend_of(gpu) in build.backends)
     idle = [gpu for gpu in machine.gpus if gpu not in usable]
     warnings = tuple(
-        f"{gpu.name or 'a GPU'} is not used: the engine was built without {gpu.kind or 'its backend'}; "
+        f"{gpu.name or 'a GPU'} is not used: the engine does not list it, is its runtime installed?"
+        if backend_of(gpu) in build.backends
+        else f"{gpu.name or 'a GPU'} is not used: the engine was built without {gpu.kind or 'its backend'}; "
         "build it again with QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version"
         for gpu in idle
     )

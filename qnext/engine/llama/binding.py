@@ -35,13 +35,17 @@ class EngineFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineDevice:
-    """A device as ggml reports it. Memory may be nonsense (0, or Vulkan's absurd totals): judge it above."""
+    """A device as ggml reports it. Memory may be nonsense (0, or Vulkan's absurd totals): judge it above.
+
+    `pci_bus_id` is ggml's device id, which is one for PCI cards: `0000:01:00.0`.
+    """
 
     name: str
     description: str
     kind: str
     free_bytes: int
     total_bytes: int
+    pci_bus_id: str | None
     buffer_type: str
     host_buffer_type: str | None
     handle: int
@@ -89,14 +93,7 @@ _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_backend_dev_get": ("ggml", ctypes.c_void_p, [ctypes.c_size_t]),
     "ggml_backend_dev_by_name": ("ggml", ctypes.c_void_p, [ctypes.c_char_p]),
     "ggml_backend_register": ("ggml", None, [ctypes.c_void_p]),
-    "ggml_backend_dev_name": ("ggml-base", ctypes.c_char_p, [ctypes.c_void_p]),
-    "ggml_backend_dev_description": ("ggml-base", ctypes.c_char_p, [ctypes.c_void_p]),
-    "ggml_backend_dev_type": ("ggml-base", ctypes.c_int, [ctypes.c_void_p]),
-    "ggml_backend_dev_memory": (
-        "ggml-base",
-        None,
-        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)],
-    ),
+    "ggml_backend_dev_get_props": ("ggml-base", None, [ctypes.c_void_p, ctypes.c_void_p]),
     "ggml_backend_dev_buffer_type": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_backend_dev_host_buffer_type": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_backend_dev_backend_reg": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
@@ -143,21 +140,36 @@ _registered: set[str] = set()
 """Endpoints added so far; a second time would list their devices twice."""
 
 
+class _DeviceProperties(ctypes.Structure):
+    """`struct ggml_backend_dev_props` of ggml-backend.h, its five capabilities as one array."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", ctypes.c_bool * 5),
+    )
+
+
 def list_devices() -> list[EngineDevice]:
     """Every device ggml knows, in its order (the order of `CUDA0`, `CUDA1`, …)."""
     devices = []
     for index in range(ggml("ggml_backend_dev_count")()):
         handle = ggml("ggml_backend_dev_get")(index)
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ggml("ggml_backend_dev_memory")(handle, ctypes.byref(free), ctypes.byref(total))
+        told = _DeviceProperties()
+        ggml("ggml_backend_dev_get_props")(handle, ctypes.byref(told))
         host_type = ggml("ggml_backend_dev_host_buffer_type")(handle)
         devices.append(
             EngineDevice(
-                name=ggml("ggml_backend_dev_name")(handle).decode(),
-                description=ggml("ggml_backend_dev_description")(handle).decode(errors="replace").strip(),
-                kind=DEVICE_KINDS.get(ggml("ggml_backend_dev_type")(handle), "other"),
-                free_bytes=free.value,
-                total_bytes=total.value,
+                name=told.name.decode(),
+                description=(told.description or b"").decode(errors="replace").strip(),
+                kind=DEVICE_KINDS.get(told.type, "other"),
+                free_bytes=told.memory_free,
+                total_bytes=told.memory_total,
+                pci_bus_id=told.device_id.decode(errors="replace") if told.device_id else None,
                 buffer_type=buffer_type_name(ggml("ggml_backend_dev_buffer_type")(handle)),
                 host_buffer_type=buffer_type_name(host_type) if host_type else None,
                 handle=handle,
