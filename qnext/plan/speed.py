@@ -56,6 +56,9 @@ more on desktops with one GPU (public reports)."""
 OVERSUBSCRIBED_SHARE = 0.75
 """Of the bandwidth, with more decode threads than physical cores: two threads of a core wait for
 each other at every barrier, which can cost a quarter (public reports)."""
+CORE_READ_BPS = 20_000_000_000
+"""What one core can read by itself, server cores less and desktop cores more: a few cores do not fill twelve
+channels. Assumed."""
 RANGE = (0.5, 2.0)
 """What the forecast is multiplied by for its low and high end."""
 FALLBACK_RAM_BPS = 20_000_000_000
@@ -270,6 +273,7 @@ def _bandwidth(device: str, kinds: Mapping[str, str], speeds: MachineSpeeds, thr
     if kind == "rpc":  # what runs behind it is not known; a worker on this machine's CPU is assumed
         return (speeds.device_bps.get(device) or ram) * BANDWIDTH_EFFICIENCY
     share = min(1.0, 2 * max(1, threads) / max(1, speeds.cores))
+    ram = min(ram, max(1, min(threads, speeds.cores)) * CORE_READ_BPS)
     return ram * BANDWIDTH_EFFICIENCY * (OVERSUBSCRIBED_SHARE if threads > speeds.cores else share)
 
 

@@ -17,7 +17,7 @@ _SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
 
 def doctor_markdown(found: Examination) -> str:
     """One `<details>` block with a table of facts and a list of findings."""
-    return redact_text("\n".join(_lines(found)))
+    return "\n".join(_lines(found))
 
 
 def _lines(found: Examination) -> Iterator[str]:
@@ -40,5 +40,5 @@ def _lines(found: Examination) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    """Text that Markdown shows as it is, without what is personal."""
+    return _SPECIAL.sub(r"\\\1", " ".join(redact_text(text).split()))

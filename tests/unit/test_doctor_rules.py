@@ -117,10 +117,21 @@ def test_one_fault_gives_its_finding_and_no_other(machine: Machine, expected: li
 
 
 RECORDED = {
-    "rtx5080-128gb": [],
-    "rtx4070-64gb": [],
+    "ci-2core": ["memory-too-small"],
+    "container-16gb": ["memory-limit", "cpu-limit", "memory-too-small"],
+    "dgx-spark": [],
+    "dual-3090-128gb": ["gpu-link", "gpu-link"],
     "epyc-12ch-cpu": [],
     "laptop-8gb": ["memory-too-small"],
+    "macbook-m4-max": [],
+    "rtx3060-32gb": ["gpu-link", "memory-too-small"],
+    "rtx3090-96gb": [],
+    "rtx4070-64gb": [],
+    "rtx4090-64gb": [],
+    "rtx4090-rtx3060": ["gpu-link"],
+    "rtx5080-128gb": [],
+    "rx7900xtx-64gb": [],
+    "strix-halo-128gb": [],
 }
 
 

@@ -1,0 +1,100 @@
+"""`qnext doctor` as a process: page, JSON, exit codes, privacy, and a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from qnext.hardware import machine_from_dict
+from qnext.hardware.machine import facts
+from tests.conftest import Qnext
+
+DOCUMENT = {"schema", "model", "machine", "engine", "models", "findings"}
+FINDING = {"id", "level", "about", "what", "because", "fix", "price", "unpriced"}
+
+
+def test_json_is_the_whole_machine_with_a_source_for_every_fact(qnext: Qnext) -> None:
+    done = qnext("doctor", "--json")
+    document = json.loads(done.stdout)
+    assert document.keys() == DOCUMENT and document["schema"] == "qnext.doctor/1"
+    machine = machine_from_dict(document["machine"])
+    assert {path for path, _ in facts(machine)} == set(machine.sources)
+    assert all(machine.sources.values())
+    assert all(finding.keys() == FINDING for finding in document["findings"])
+    errors = any(finding["level"] == "error" for finding in document["findings"])
+    assert done.returncode == (3 if errors else 0)
+
+
+def test_a_recorded_machine_can_be_examined_and_what_it_says_read_again(qnext: Qnext) -> None:
+    document = json.loads(qnext("doctor", "--hardware", "rtx4070-64gb", "--json").stdout)
+    assert machine_from_dict(document["machine"]).gpus[0].name == "NVIDIA GeForce RTX 4070"
+    assert document["engine"] is None and document["models"] == []
+
+
+def test_warnings_end_with_3_only_when_strict(qnext: Qnext) -> None:
+    arguments = ("doctor", "--hardware", "laptop-8gb")
+    assert qnext(*arguments).returncode == 0
+    assert qnext(*arguments, "--strict").returncode == 3
+
+
+def test_a_model_that_was_named_and_cannot_run_is_an_error(qnext: Qnext) -> None:
+    done = qnext("doctor", "--hardware", "laptop-8gb", "--model", "qwen3-next-80b-a3b:Q8_0")
+    assert done.returncode == 3
+    assert "too little RAM for Qwen3-Next-80B-A3B Q8_0" in " ".join(done.stdout.split())
+
+
+def test_prices_are_for_the_model_named(qnext: Qnext, demo_model: Path) -> None:
+    for model in ("demo", str(demo_model)):
+        document = json.loads(qnext("doctor", "--model", model, "--json").stdout)
+        assert "demo" in document["model"].lower()
+        assert not any(finding["id"] == "memory-too-small" for finding in document["findings"])
+
+
+@pytest.mark.parametrize("model", ["nosuch.gguf", "qwen3-next-80b-a3b:Q9_9", "qwen3-nxt"])
+def test_a_model_that_is_not_there_is_one_error(qnext: Qnext, model: str) -> None:
+    done = qnext("doctor", "--model", model)
+    assert done.returncode in (2, 5) and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_all_logical_threads_are_found_with_their_price(qnext: Qnext) -> None:
+    done = qnext("doctor", "--hardware", "rtx4070-64gb", "-t", "16", env={"QNEXT_THREADS": ""})
+    words = " ".join(done.stdout.split())
+    assert "! 16 threads are asked for, there are 8 physical cores" in words
+    assert "decode −" in words and "Leave the threads to qnext" in words
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_page_stays_inside_the_terminal(qnext: Qnext, columns: str) -> None:
+    done = qnext("doctor", "--hardware", "laptop-8gb", env={"COLUMNS": columns})
+    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+    assert done.stderr == ""
+
+
+def test_markdown_has_all_findings_and_nothing_personal(qnext: Qnext, qnext_home: Path) -> None:
+    done = qnext("doctor", "--markdown")
+    assert done.stdout.startswith("<details>") and done.stdout.rstrip().endswith("</details>")
+    found = json.loads(qnext("doctor", "--json").stdout)["findings"]
+    assert all(f"`{finding['id']}`" in done.stdout for finding in found)
+    for personal in (socket.gethostname(), str(qnext_home), os.path.expanduser("~") + "/"):
+        assert personal not in done.stdout
+
+
+def test_a_saved_machine_can_be_planned_for(qnext: Qnext, tmp_path: Path) -> None:
+    home = {"QNEXT_HOME": str(tmp_path)}
+    done = qnext("doctor", "--save", "mine", env=home)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(qnext("doctor", "--hardware", "mine", "--json", env=home).stdout)
+    assert again["machine"]["memory"]["total_bytes"]
+    assert qnext("plan", "demo", "--hardware", "mine", env=home).returncode == 0
+
+
+def test_inherited_variables_are_told(qnext: Qnext) -> None:
+    done = qnext("doctor", "--json", env={"LLAMA_ARG_CTX_SIZE": "1024", "GGML_SCHED_DEBUG": "1"})
+    found = {one["what"]: one["level"] for one in json.loads(done.stdout)["findings"]}
+    assert found["GGML_SCHED_DEBUG is set"] == "warning"
+    assert found["LLAMA_ARG_CTX_SIZE is set"] == "info"
