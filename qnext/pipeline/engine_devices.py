@@ -1,21 +1,25 @@
-"""GPUs that only the engine can see: AMD, Intel and Apple ones, for which there is no NVML.
+"""The machine's GPUs as the engine numbers them, and those only the engine can see (Apple's, and others).
 
-The engine is asked in a child, and only where its build has a backend for which no GPU is known yet. What
-NVML knows of a card stays; a device it does not know is added with what the engine says of its memory, if
-that can be true.
+NVML and sysfs know a card's facts, the engine which device it is: the two are matched by PCI bus id, which
+CUDA, ROCm and Vulkan state, else by what both can say of a card. A card known to both appears once. What is
+known of it stays; the engine adds what is missing, above all `kind` and `index`, by which a plan names it.
+
+The engine is asked in a child, and only where it can tell something new: its build has a backend for which no
+GPU is known yet, or NVML lists unequal cards, whose order in CUDA is only estimated.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qnext.engine.build import EngineBuild
 from qnext.errors import EngineError
 from qnext.hardware import Gpu, Machine
-from qnext.plan.budgets import engine_name
+from qnext.hardware.gpus import normal_bus_id
 from qnext.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -29,9 +33,11 @@ _ABSURD_BYTES = 4096 * GIB
 
 
 def add_engine_gpus(machine: Machine, build: EngineBuild) -> Machine:
-    """`machine` with the GPUs that this engine lists beside those already known."""
-    seen = {_BACKENDS.get(gpu.kind or "", gpu.kind) for gpu in machine.gpus}
-    if set(build.backends) <= _CPU_BACKENDS | seen:
+    """`machine` with its GPUs as this engine lists them; unchanged when the engine cannot be asked."""
+    cuda = [gpu for gpu in machine.gpus if gpu.kind == "cuda"]
+    certain = len(cuda) < 2 or len({gpu.name for gpu in cuda}) == 1 or "cuda" not in build.backends
+    seen = {_BACKENDS.get(gpu.kind or "", gpu.kind) for gpu in machine.gpus if gpu.index is not None}
+    if certain and set(build.backends) <= _CPU_BACKENDS | seen:
         return machine
     from qnext.engine.session import EngineSession
 
@@ -44,37 +50,104 @@ def add_engine_gpus(machine: Machine, build: EngineBuild) -> Machine:
     return merge_devices(machine, devices if isinstance(devices, list) else [])
 
 
-def merge_devices(machine: Machine, devices: Iterable[Mapping[str, object]]) -> Machine:
-    """`machine` with the GPUs among an engine's `devices` (name, description, kind, free_bytes, total_bytes).
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """One GPU of the engine's list. Sizes in bytes, None where what it says cannot be."""
 
-    GPUs that share the host's memory count only where there is no other, as in llama.cpp.
+    kind: str
+    index: int
+    description: str
+    shared: bool
+    bus_id: str | None
+    total: int | None
+    free: int | None
+
+
+def merge_devices(machine: Machine, devices: Iterable[Mapping[str, object]]) -> Machine:
+    """`machine` with the GPUs among an engine's `devices` (name, description, kind, bytes, `pci_bus_id`).
+
+    GPUs that share the host's memory count only where there is no other, as in llama.cpp. A card that the
+    engine lists under several backends keeps the one it is known by. A card that the engine should list and
+    does not loses its `index`.
     """
-    found = [device for device in devices if device["kind"] in ("gpu", "igpu")]
-    own = [device for device in found if device["kind"] == "gpu"]
-    known = {engine_name(gpu, position) for position, gpu in enumerate(machine.gpus)}
+    found = [device for device in map(_listed, devices) if device is not None]
+    own = [device for device in found if not device.shared]
     gpus, sources = list(machine.gpus), dict(machine.sources)
-    for device in own or ([] if gpus else found):
-        match = _NAME.fullmatch(str(device["name"]))
-        if match is None or match[1] not in _KINDS or match[0] in known:
+    shared = [] if own or any(gpu.index is not None for gpu in gpus) else found
+    known_first = sorted(own, key=lambda device: device.kind not in _kinds_of(device, machine.gpus))
+    taken: set[int] = set()
+    for device in known_first + shared:
+        at = _position(device, gpus, taken)
+        if at is None:
+            at = len(gpus)
+            gpus.append(Gpu())
+        elif at in taken:
             continue
-        path = f"gpus.{len(gpus)}"
-        total, free = _believable(device["total_bytes"]), _believable(device["free_bytes"])
-        gpus.append(
-            Gpu(
-                name=str(device["description"]) or None,
-                kind=_KINDS[match[1]],
-                index=int(match[2]),
-                vram_total_bytes=total,
-                vram_free_bytes=free if free is None or total is None else min(free, total),
-            )
-        )
-        sources |= {f"{path}.{fact}": "the engine's device list" for fact in _FACTS}
-    shared = bool(found) and not own and bool(gpus)
+        taken.add(at)
+        sources |= {f"gpus.{at}.{fact}": "the engine's device list" for fact in _new(gpus[at], device)}
+        gpus[at] = replace(gpus[at], **_new(gpus[at], device))
+    by_bus = {device.kind for device in own if device.bus_id}
+    for at, gpu in enumerate(gpus):
+        if at not in taken and gpu.kind in by_bus and gpu.pci_bus_id and gpu.index is not None:
+            gpus[at] = replace(gpu, index=None)
+            sources[f"gpus.{at}.index"] = "the engine does not list this card"
     unified = True if shared else machine.unified_memory
     return replace(machine, gpus=tuple(gpus), sources=sources, unified_memory=unified)
 
 
-_FACTS = ("name", "kind", "index", "vram_total_bytes", "vram_free_bytes")
+def _listed(device: Mapping[str, object]) -> _Device | None:
+    """A GPU of the engine's list; None for what is no GPU of this machine."""
+    match = _NAME.fullmatch(str(device["name"]))
+    if device["kind"] not in ("gpu", "igpu") or match is None or match[1] not in _KINDS:
+        return None
+    total, free = _believable(device["total_bytes"]), _believable(device["free_bytes"])
+    return _Device(
+        kind=_KINDS[match[1]],
+        index=int(match[2]),
+        description=str(device["description"]),
+        shared=device["kind"] == "igpu",
+        bus_id=normal_bus_id(device.get("pci_bus_id")),
+        total=total,
+        free=free if free is None or total is None else min(free, total),
+    )
+
+
+def _kinds_of(device: _Device, gpus: Iterable[Gpu]) -> set[str | None]:
+    return {gpu.kind for gpu in gpus if device.bus_id and gpu.pci_bus_id == device.bus_id}
+
+
+def _position(device: _Device, gpus: Sequence[Gpu], taken: Container[int]) -> int | None:
+    """Which of the machine's GPUs the device is: by bus id, else by number, else one of its kind and size."""
+    for at, gpu in enumerate(gpus):
+        if device.bus_id and gpu.pci_bus_id == device.bus_id:
+            return at
+    nameless = [at for at, gpu in enumerate(gpus) if not (device.bus_id and gpu.pci_bus_id)]
+    for at in nameless:
+        if (gpus[at].kind, gpus[at].index) == (device.kind, device.index):
+            return at
+    free = (at for at in nameless if at not in taken and gpus[at].index is None)
+    return next((at for at in free if _may_be(device, gpus[at])), None)
+
+
+def _may_be(device: _Device, gpu: Gpu) -> bool:
+    """Whether a card known from sysfs alone can be this device: drivers state a little less than there is."""
+    size = gpu.vram_total_bytes
+    fits = size is None or device.total is None or abs(size - device.total) <= size // 16
+    return fits and device.kind in (gpu.kind, "vulkan")
+
+
+def _new(gpu: Gpu, device: _Device) -> dict[str, Any]:
+    """The fields of `gpu` that the device fills or corrects."""
+    total = gpu.vram_total_bytes or device.total
+    told = {
+        "name": gpu.name or device.description or None,
+        "kind": device.kind,
+        "index": device.index,
+        "pci_bus_id": gpu.pci_bus_id or device.bus_id,
+        "vram_total_bytes": total,
+        "vram_free_bytes": gpu.vram_free_bytes or (device.free and min(device.free, total or device.free)),
+    }
+    return {name: value for name, value in told.items() if value != getattr(gpu, name)}
 
 
 def _believable(size: object) -> int | None:
