@@ -114,7 +114,7 @@ def test_every_memory_fact_has_a_source_or_a_reason(tmp_path: Path, name: str) -
         assert sources[f"memory.{field}"], field
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(rubbish=st.binary(max_size=200))
 def test_rubbish_in_every_file_is_read_without_an_error(tmp_path: Path, rubbish: bytes) -> None:
     names = (

@@ -160,7 +160,7 @@ def test_sources_name_neither_the_builder_nor_the_product(tmp_path: Path) -> Non
     assert "builder" not in said
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(rubbish=st.binary(max_size=200))
 def test_rubbish_is_read_without_an_error(tmp_path: Path, rubbish: bytes) -> None:
     names = ("proc/version", "proc/cpuinfo", f"{DMI}/sys_vendor", "run/systemd/container", CGROUP, MOUNTS)
