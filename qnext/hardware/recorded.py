@@ -83,7 +83,7 @@ def read_machine(path: Path, name: str) -> Machine:
         1
     ]
     named = data.get("name", UNNAMED) != UNNAMED
-    machine = machine_from_dict(data if named else {**data, "name": name})
+    machine = machine_from_dict(data if named else {**data, "name": name}, str(path))
     if not machine.memory.total_bytes or not machine.cpu.physical_cores:
         raise HardwareError(
             f"{path} lacks memory.total_bytes or cpu.physical_cores.", hint="Add them: no plan without them."

@@ -12,15 +12,20 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qnext.errors import HardwareError, UsageError
 from qnext.hardware.machine import Cpu, Disk, Gpu, Machine, Memory, NumaNode
 from qnext.units import parse_size
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 _MOST_FILE_BYTES = 256 << 10
 _MOST_TEXT = 1000
+_MOST_PROBLEMS = 6
 
 _SECTIONS: dict[str, type[Any]] = {
     "cpu": Cpu, "memory": Memory, "gpus": Gpu, "disk": Disk, "numa_nodes": NumaNode,
@@ -75,12 +80,15 @@ _NOT_ABOVE = (
 )
 
 
-def machine_from_dict(data: Mapping[str, Any]) -> Machine:
-    """The inverse of `machine_to_dict`. Raises HardwareError naming every bad key and the nearest known."""
-    from pydantic import TypeAdapter, ValidationError
+def machine_from_dict(data: Mapping[str, Any], origin: str = "The recorded machine") -> Machine:
+    """The inverse of `machine_to_dict`.
+
+    Raises HardwareError naming `origin`, the bad keys and the nearest known ones.
+    """
+    from pydantic import ValidationError
 
     try:
-        machine = TypeAdapter(Machine).validate_json(json.dumps(_with_sizes(data)))
+        machine = _adapter().validate_json(json.dumps(_with_sizes(data)))
         problems = list(_impossible(machine))
     except ValidationError as error:
         problems = [
@@ -93,10 +101,18 @@ def machine_from_dict(data: Mapping[str, Any]) -> Machine:
     else:
         if not problems:
             return machine
+    more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
     raise HardwareError(
-        "The recorded machine cannot be read: " + "; ".join(problems),
+        f"{origin} cannot be read: " + "; ".join(problems[:_MOST_PROBLEMS] + more),
         hint="Compare with a shipped profile: qnext profile show rtx5080-128gb",
     )
+
+
+@cache
+def _adapter() -> TypeAdapter[Machine]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Machine)  # ten milliseconds to make
 
 
 def read_recording(path: Path, hint: str) -> tuple[str, dict[str, Any]]:
@@ -194,6 +210,8 @@ def _with_sizes(value: Any, key: str = "") -> Any:
             raise ValueError(f"{key}: {error.message}") from None
         except OverflowError:
             raise ValueError(f"{key} is larger than any memory") from None
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{key or 'a number in a list'} is larger than hardware can have")
     if value is None or isinstance(value, str | int | float):
         return value
     raise ValueError(f"{key}: {value!r} is neither a text nor a number")
@@ -222,13 +240,13 @@ def _impossible(machine: Machine) -> Iterator[str]:
             continue
         elif isinstance(value, int | float):
             most = next(most for end, most in _LARGEST if key.endswith(end))
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 yield f"{path} has to be a finite number, not {value}"
             elif value < 0:
                 yield f"{path} is below zero"
             elif value > most:
                 yield f"{path} is larger than hardware can have"
-        if value is not None and key in _SETS and value not in _SETS[key]:
+        if value is not None and not path.startswith("sources.") and value not in _SETS.get(key, (value,)):
             known = ", ".join(str(choice) for choice in _SETS[key])
             yield f"{path} has to be one of {known}, not {_printable(str(value))}"
     parts: list[tuple[str, object]] = [

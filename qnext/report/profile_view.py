@@ -18,10 +18,7 @@ _CPU_NOISE = re.compile(
 )
 _GPU_NOISE = re.compile(r"NVIDIA|GeForce|AMD|Radeon|Apple|Graphics|\(TM\)", re.IGNORECASE)
 
-
 _LEGEND = "cores, RAM: what may be used. GB/s: rated, of the RAM. shared: with the CPU."
-    "cores, RAM: what may be used. GB/s: the RAM's rated bandwidth. shared: in the same memory as the CPU."
-)
 
 
 def profiles_view(rows: Sequence[tuple[Machine, bool]]) -> Group:
