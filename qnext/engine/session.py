@@ -178,6 +178,12 @@ class EngineSession:
         longer = max(1.0, self._batch / SILENT_TOKENS)
         yield from self._run("benchmarking", request, silence_limit_s=self._silence_limit_s * longer)
 
+    def time_copies(self, device: str, *, limit_s: float, **options: Any) -> Message:
+        """Time copies between host and `device` (`engine.llama.link`); the child is ended after `limit_s`."""
+        request = {"op": "time_copies", "device": device, **options}
+        *_, done = self._run("timing copies", request, silence_limit_s=limit_s)
+        return done
+
     def close(self) -> None:
         """End the child: closing its input is the request, killing it the guarantee."""
         self._ended_because = self._ended_because or "it was closed"

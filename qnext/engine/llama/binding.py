@@ -87,8 +87,18 @@ def _library(name: str) -> ctypes.CDLL:
     raise EngineFailure("missing", f"this engine build has no {name}")
 
 
+class InitParams(ctypes.Structure):
+    """`struct ggml_init_params` of ggml.h."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+_COPY = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+"""Tensor, host memory, offset in the tensor, bytes."""
+
 _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
-    # function: (library, result, arguments) — from ggml-backend.h, ggml-cpu.h and ggml-rpc.h
+    # function: (library, result, arguments) — from ggml-backend.h, ggml-cpu.h,
+    # ggml-alloc.h, ggml.h and ggml-rpc.h
     "ggml_backend_dev_count": ("ggml", ctypes.c_size_t, []),
     "ggml_backend_dev_get": ("ggml", ctypes.c_void_p, [ctypes.c_size_t]),
     "ggml_backend_dev_by_name": ("ggml", ctypes.c_void_p, [ctypes.c_char_p]),
@@ -99,6 +109,20 @@ _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_backend_dev_backend_reg": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_backend_reg_get_proc_address": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
     "ggml_backend_buft_name": ("ggml-base", ctypes.c_char_p, [ctypes.c_void_p]),
+    "ggml_backend_buft_alloc_buffer": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t]),
+    "ggml_backend_buffer_get_base": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
+    "ggml_backend_buffer_get_type": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
+    "ggml_backend_buffer_free": ("ggml-base", None, [ctypes.c_void_p]),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (
+        "ggml-base",
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "ggml_backend_tensor_set": ("ggml-base", None, _COPY),
+    "ggml_backend_tensor_get": ("ggml-base", None, _COPY),
+    "ggml_init": ("ggml-base", ctypes.c_void_p, [InitParams]),
+    "ggml_free": ("ggml-base", None, [ctypes.c_void_p]),
+    "ggml_new_tensor_1d": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]),
     "ggml_backend_rpc_add_server": ("ggml-rpc", ctypes.c_void_p, [ctypes.c_char_p]),
     "ggml_backend_rpc_start_server": (
         "ggml-rpc",

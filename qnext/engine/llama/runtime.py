@@ -16,6 +16,7 @@ from typing import Any
 
 from qnext.engine.llama import binding
 from qnext.engine.llama.binding import EngineFailure
+from qnext.engine.llama.link import time_copies
 from qnext.engine.llama.memory import ContextMemory
 from qnext.engine.llama.params import ModelParams, context_params, placement_from_message
 from qnext.engine.llama.sampling import sampler_chain
@@ -66,6 +67,7 @@ class Runtime:
             "tokenize": self.tokenize,
             "generate": self.generate,
             "bench": self.bench,
+            "time_copies": self.time_copies,
             "close": self.close,
         }
         arguments = {name: value for name, value in request.items() if name != "op"}
@@ -95,6 +97,11 @@ class Runtime:
             "gpu_offload": bool(lib.llama_supports_gpu_offload()),
             "llama_version": lib.llama_version().decode(),
         }
+
+    def time_copies(self, device: str, rpc_servers: list[str], **options: Any) -> dict[str, Any]:
+        """Time copies between the host and a device; see `qnext.engine.llama.link`."""
+        self._start_backend(tuple(rpc_servers))
+        return time_copies(device, **options)
 
     def open(self, model: str, placement: dict[str, Any], context: int | None = None) -> dict[str, Any]:
         """Load `model` and make a context. Streams `progress` events with a share from 0 to 1."""
