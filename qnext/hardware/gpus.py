@@ -106,6 +106,10 @@ def _judge(
     clock, width = _count(raw.get("memory_clock"), 100_000), _count(raw.get("memory_bus_width"), 65_536)
     bandwidth = clock * 1_000_000 * 2 * width // 8 if clock and width else None
     others = _from_zero(raw.get("vram_used"), total or 0)
+    mig, sliced = _switch(raw.get("mig")), ""
+    if mig:  # these are the whole card's; what CUDA shows of it, the engine's device list says
+        total = free = bandwidth = None
+        sliced = "the card is split (MIG) and CUDA shows a slice of it"
     processes, unlisted = _from_zero(raw.get("processes"), 1 << 20), ""
     if processes == 0 and (others or 0) > _UNLISTED_BYTES:
         processes, unlisted = None, "NVML lists none, yet VRAM is in use: they are out of sight from here"
@@ -114,10 +118,10 @@ def _judge(
         kind=note("kind", "cuda", "name", "NVML lists CUDA devices"),
         index=note("index", index, "name", order),
         pci_bus_id=note("pci_bus_id", bus_id),
-        vram_total_bytes=note("vram_total_bytes", total, "vram_total"),
-        vram_free_bytes=note("vram_free_bytes", free, "vram_free"),
+        vram_total_bytes=note("vram_total_bytes", total, "vram_total", absent=sliced),
+        vram_free_bytes=note("vram_free_bytes", free, "vram_free", absent=sliced),
         rated_bandwidth_bps=note(
-            "rated_bandwidth_bps", bandwidth, "memory_clock", "NVML memory clock x 2 x bus width"
+            "rated_bandwidth_bps", bandwidth, "memory_clock", "NVML memory clock x 2 x bus width", sliced
         ),
         compute_capability=note("compute_capability", _capability(raw.get("compute_capability"))),
         pcie_gen=count("pcie_gen", 10, source="NVML, drops when idle"),
@@ -142,7 +146,7 @@ def _judge(
             "vram_others_bytes", others, "vram_used", "NVML, VRAM in use but for the driver's reserve"
         ),
         ecc=note("ecc", _switch(raw.get("ecc"))),
-        mig=note("mig", _switch(raw.get("mig"))),
+        mig=note("mig", mig),
     )
 
 

@@ -5,7 +5,7 @@ CUDA, ROCm and Vulkan state, else by what both can say of a card. A card known t
 known of it stays; the engine adds what is missing, above all `kind` and `index`, by which a plan names it.
 
 The engine is asked in a child, and only where it can tell something new: its build has a backend for which no
-GPU is known yet, or NVML lists unequal cards, whose order in CUDA is only estimated.
+GPU is known yet, or NVML lists unequal cards, whose order in CUDA is only estimated, or a card in slices.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ABSURD_BYTES = 4096 * GIB
 def add_engine_gpus(machine: Machine, build: EngineBuild) -> Machine:
     """`machine` with its GPUs as this engine lists them; unchanged when the engine cannot be asked."""
     cuda = [gpu for gpu in machine.gpus if gpu.kind == "cuda"]
-    certain = len(cuda) < 2 or len({gpu.name for gpu in cuda}) == 1 or "cuda" not in build.backends
+    told = len({gpu.name for gpu in cuda}) < 2 and not any(gpu.mig for gpu in cuda)
     seen = {_BACKENDS.get(gpu.kind or "", gpu.kind) for gpu in machine.gpus if gpu.index is not None}
-    if certain and set(build.backends) <= _CPU_BACKENDS | seen:
+    if (told or "cuda" not in build.backends) and set(build.backends) <= _CPU_BACKENDS | seen:
         return machine
     from qnext.engine.session import EngineSession
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from qnext.engine.build import EngineBuild
 from qnext.hardware import Gpu, Machine
 from qnext.pipeline.engine_devices import merge_devices
+from qnext.pipeline.surroundings import _usable_gpus
 from qnext.units import GIB
 
 CPU = {"name": "CPU", "description": "a CPU", "kind": "host", "free_bytes": GIB, "total_bytes": GIB}
@@ -120,3 +122,15 @@ def test_a_processors_gpu_alone_in_the_list_is_not_taken_for_the_card_that_is_mi
     igpu = device("Vulkan0", kind="igpu", total=60 * GIB, bus="0000:c1:00.0")
     machine = merge_devices(Machine(gpus=(RADEON,)), [igpu])
     assert [(gpu.name, gpu.index) for gpu in machine.gpus] == [("RX 7900 XTX", None), ("card Vulkan0", 0)]
+
+
+def test_a_plan_uses_only_cards_that_an_engine_has_listed() -> None:
+    here = Machine(gpus=(FAST, RADEON))
+    hip = EngineBuild("x", "1", None, "0", ("cpu", "cuda", "hip"))
+    machine, warnings = _usable_gpus(here, hip, True)
+    assert machine.gpus == (FAST,)
+    assert warnings == ("RX 7900 XTX is not used: the engine does not list it, is its runtime installed?",)
+    machine, (first, second) = _usable_gpus(here, replace(hip, backends=("cpu",)), True)
+    assert machine.gpus == () and "built without cuda" in first and "built without rocm" in second
+    assert _usable_gpus(here, None, True) == (Machine(gpus=(FAST,)), ())
+    assert _usable_gpus(here, None, False) == (here, ())

@@ -183,7 +183,7 @@ def test_each_reading_may_lie() -> None:
         "memory_clock_now": 405,
         "throttle_bits": 4,
         "ecc": 1,
-        "mig": 1,
+        "mig": 0,
         "processes": 3,
     }
     healthy = judge_gpus(NvmlReport([good], [{}]), Sources(), {})
@@ -202,6 +202,14 @@ def test_an_older_driver_is_asked_for_throttling_by_the_older_name(stand_in: Any
         "def nvmlDeviceGetCurrentClocksThrottleReasons(gpu): return 0x20 | 0x40\n"
     )
     assert gpus[0].throttle_reasons == ("temperature, by the driver", "temperature, by the hardware")
+
+
+def test_a_card_in_slices_states_no_memory_of_its_own() -> None:
+    sources = Sources()
+    readings = {"vram_total": 80 * GIB, "vram_free": 79 * GIB, "vram_used": GIB, "mig": 1}
+    (gpu,) = judge_gpus(NvmlReport([readings], [{}]), sources, {})
+    assert (gpu.mig, gpu.vram_total_bytes, gpu.vram_free_bytes) == (True, None, None)
+    assert "slice" in sources["gpus.0.vram_total_bytes"]
 
 
 def test_an_idle_card_at_clocks_that_were_asked_for_is_not_throttled() -> None:
