@@ -21,19 +21,26 @@ _NO_LIMIT_BYTES = 1 << 60
 _PERIODS_US = range(1_000, 1_000_001)
 """The periods the kernel takes for a CPU quota, in microseconds: 1 ms to 1 s."""
 _MOST_CORES = 1 << 16
+_ABSURD_USE = 4
+"""Use beyond so many times the limit is a sensor's lie: the kernel lets it exceed the limit only briefly."""
 _MOST_LEVELS = 64
 """Nested groups that are looked at; real ones nest under ten deep."""
+_OWN_GROUP = re.compile(r"^[0-9]+:[^:]*:/", re.MULTILINE)
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 """How mountinfo writes spaces, tabs, line ends and backslashes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """One level that limits memory. `room_bytes` is the limit less what is used and cannot be reclaimed."""
+    """One level that limits memory.
+
+    `room_bytes` is the limit less what is used and cannot be reclaimed; the whole limit where the use is not
+    told, which is still no more than may be taken.
+    """
 
     path: str
     limit_bytes: int
-    room_bytes: int | None
+    room_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,8 @@ def read_memory_groups(root: Path = Path("/")) -> tuple[MemoryGroup, ...]:
                 continue
             used = read_number(directory / "memory.usage_in_bytes")
             cache = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
-        room = None if used is None else max(0, limit - max(0, used - cache))
+        believed = used is not None and 0 < used < _ABSURD_USE * limit
+        room = max(0, limit - max(0, used - cache)) if used is not None and believed else limit
         found.append(MemoryGroup("/" + str(directory.relative_to(root)), limit, room))
     return tuple(found)
 
@@ -89,7 +97,9 @@ def read_cpu_groups(root: Path = Path("/")) -> tuple[CpuGroup, ...]:
 
 def _levels(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     """(version, folder) from the process's own group up to where its tree is mounted, for both versions."""
-    groups = _own_groups(read_text(root / "proc/self/cgroup"), controller)
+    text = read_text(root / "proc/self/cgroup")
+    # Where it cannot be read, the top of what is mounted is at least the container's own limit.
+    groups = _own_groups(text, controller) if _OWN_GROUP.search(text) else {1: "/", 2: "/"}
     mounts = _cgroup_mounts(read_text(root / "proc/self/mountinfo"), controller)
     for version, group in groups.items():
         candidates = [(top, mount) for kind, top, mount in mounts if kind == version]

@@ -44,7 +44,7 @@ def detect_memory(sources: Sources, root: Path = Path("/")) -> Memory:
         group for group in read_memory_groups(root) if total is None or group.limit_bytes < total
     ]  # a limit above the machine's RAM limits nothing
     tightest = min(groups, key=lambda group: group.limit_bytes, default=None)
-    rooms = [(group.room_bytes, group.path) for group in groups if group.room_bytes is not None]
+    rooms = [(group.room_bytes, group.path) for group in groups]
     candidates = [*rooms, *([(available, source)] if available is not None else [])]
     usable, binding = min(candidates, default=(None, ""))
     locked, locked_source = _locked_limit(root, total)

@@ -36,9 +36,9 @@ def read_numa_nodes(
         elif allowed and number not in allowed:
             left_out += 1
         else:
-            cpus = read_text(folder / "cpulist").strip()
-            count = len(parse_cpu_list(cpus)) if cpus else 0  # a node of memory alone has no CPUs
-            nodes.append(NumaNode(number, size, count if count or not cpus else None))
+            cpus = read_text(folder / "cpulist")
+            alone = cpus.isspace()  # a node of memory alone states an empty list
+            nodes.append(NumaNode(number, size, 0 if alone else len(parse_cpu_list(cpus)) or None))
     if not nodes:
         return None, f"/{_NODES} lists no node with RAM"
     notes = [f"/{_NODES}"]

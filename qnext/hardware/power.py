@@ -23,7 +23,7 @@ _PREFERENCES = ("power", "balance_power", "default", "balance_performance", "per
 
 _SAVING_PLATFORMS = {"low-power", "quiet", "cool"}
 
-_WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 _CPUS = "sys/devices/system/cpu"
 
 

@@ -18,6 +18,9 @@ _FAST_SHARE = 0.8
 """An arm64 core with at least this part of the fastest one's `cpu_capacity` is a performance core: vendors
 clock some of them a little higher than the others, while the next kind is well below."""
 _LARGEST_CACHE = 8 * GIB
+_MOST_CAPACITY = 1024
+_MOST_PACKAGE = 65_535
+_CACHE_LEVELS = range(1, 5)
 
 
 def parse_cache_size(text: str) -> int | None:
@@ -29,9 +32,12 @@ def parse_cache_size(text: str) -> int | None:
 
 
 def read_topology(folder: Path) -> tuple[list[frozenset[int]], int | None]:
-    """(logical CPU numbers of each physical core, number of sockets) of the CPUs that are online."""
+    """(logical CPU numbers of each physical core, number of sockets) of the CPUs that are online.
+
+    Nothing where one of them tells nothing or contradicts another: a count would be wrong.
+    """
     cores: list[frozenset[int]] = []
-    packages: set[str] = set()
+    packages: set[int | None] = set()
     seen: set[int] = set()
     entries = numbered(folder, "cpu")
     present = {number for number, _ in entries}
@@ -42,33 +48,38 @@ def read_topology(folder: Path) -> tuple[list[frozenset[int]], int | None]:
             read_text(entry / "topology/core_cpus_list") or read_text(entry / "topology/thread_siblings_list")
         )
         siblings &= present
-        if number in siblings:  # an offline CPU has no topology
-            cores.append(siblings - seen)
+        if number in siblings and not siblings & seen:
+            cores.append(siblings)
             seen |= siblings
-            packages.add(read_text(entry / "topology/physical_package_id").strip())
-    return cores, len(packages) if packages and packages != {""} else None
+            package = read_number(entry / "topology/physical_package_id")
+            packages.add(package if package is not None and package <= _MOST_PACKAGE else None)
+        elif (entry / "topology").is_dir():  # an offline CPU has none
+            return [], None
+    return cores, None if None in packages or not packages else len(packages)
 
 
 def count_performance_cores(root: Path, cores: list[frozenset[int]]) -> tuple[int | None, str]:
-    """(physical cores of the fast kind, where it was read); all of them where there is one kind."""
+    """(physical cores of the fast kind, source or reason); all of them where there is one kind."""
     if not cores:
         return None, ""
     fast = parse_cpu_list(read_text(root / "sys/devices/cpu_core/cpus"))
     slow = parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus"))
-    count = len([core for core in cores if core & fast])
-    if slow and count:
-        return count, "/sys/devices/cpu_core and cpu_atom"
-    if not _is_arm(root):
+    if any((root / "sys/devices" / kind).exists() for kind in ("cpu_core", "cpu_atom")):
+        if fast & slow or fast | slow != frozenset().union(*cores):
+            return None, "/sys/devices/cpu_core and cpu_atom do not tell the kind of each CPU"
+        return len([core for core in cores if core & fast]), "/sys/devices/cpu_core and cpu_atom"
+    cpuinfo = read_text(root / "proc/cpuinfo", CPUINFO_BYTES)
+    if "\nflags" in cpuinfo:
         return len(cores), "one kind of core: no /sys/devices/cpu_atom"
-    capacities = [read_number(root / _CPUS / f"cpu{min(core)}" / "cpu_capacity") for core in cores]
-    known = [capacity for capacity in capacities if capacity]
-    if len(known) < len(cores):
+    if "\nCPU implementer" not in cpuinfo:
+        return None, "/proc/cpuinfo does not tell what kind of processor this is"
+    files = [root / _CPUS / f"cpu{min(core)}" / "cpu_capacity" for core in cores]
+    if not any(file.exists() for file in files):
         return len(cores), "taken as one kind of core: no cpu_capacity"
+    known = [number for file in files if (number := read_number(file)) and number <= _MOST_CAPACITY]
+    if len(known) < len(cores):
+        return None, "cpu_capacity is not readable for every core"
     return len([capacity for capacity in known if capacity >= _FAST_SHARE * max(known)]), "cpu_capacity"
-
-
-def _is_arm(root: Path) -> bool:
-    return "\nCPU implementer" in read_text(root / "proc/cpuinfo", CPUINFO_BYTES)
 
 
 def read_last_level_cache(folder: Path, online: frozenset[int]) -> tuple[int | None, str]:
@@ -85,6 +96,8 @@ def read_last_level_cache(folder: Path, online: frozenset[int]) -> tuple[int | N
         if not levels:
             continue
         level, path = max(levels)
+        if any(known not in _CACHE_LEVELS for known, _ in levels):
+            return None, f"/{_CPUS} states a cache of no known level"
         shared = parse_cpu_list(read_text(path / "shared_cpu_list"))
         size = parse_cache_size(read_text(path / "size")) if cpu in shared else None
         caches.append((level, size))

@@ -106,7 +106,7 @@ def examine_machine(
     is called with its progress. Raises ModelError or UsageError for a model that cannot be read.
     """
     label, header, on_disk = _model(request.model, paths)
-    machine, engine = _recorded(request) if request.hardware else _here(request, paths)
+    machine, engine = _recorded(request, paths) if request.hardware else _here(request, paths)
     if full and engine is not None:
         from qnext.pipeline.measuring import measure_machine
 
@@ -147,9 +147,9 @@ def examination_to_dict(found: Examination) -> dict[str, Any]:
     }
 
 
-def _recorded(request: Request) -> tuple[Machine, None]:
+def _recorded(request: Request, paths: Paths) -> tuple[Machine, None]:
     assert request.hardware is not None
-    return load_machine(request.hardware), None
+    return load_machine(request.hardware, paths.hardware_dir), None
 
 
 def _here(request: Request, paths: Paths) -> tuple[Machine, EngineState]:

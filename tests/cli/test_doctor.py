@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def test_markdown_has_all_findings_and_nothing_personal(qnext: Qnext, qnext_home
     assert done.stdout.startswith("<details>") and done.stdout.rstrip().endswith("</details>")
     found = json.loads(qnext("doctor", "--json").stdout)["findings"]
     assert all(f"`{finding['id']}`" in done.stdout for finding in found)
-    for personal in (socket.gethostname(), str(qnext_home), os.path.expanduser("~") + "/"):
+    for personal in (socket.gethostname(), str(qnext_home), f"{Path.home()}/"):
         assert personal not in done.stdout
 
 

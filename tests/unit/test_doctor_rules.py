@@ -1,4 +1,4 @@
-"""Faults of constructed and recorded machines: which findings, how bad, and that the price is the planner's."""
+"""Faults of constructed and recorded machines: which findings, how bad, at the planner's price."""
 
 from __future__ import annotations
 
