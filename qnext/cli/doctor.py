@@ -41,7 +41,7 @@ def doctor(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", metavar="", help="Print all as JSON.")] = False,
 ) -> int:
-    """Tell what this machine is, what limits it, and what each fault costs in tokens per second.
+    """Tell what limits this machine, and what each fault costs in tokens per second.
 
     Example: qnext doctor --full --model qwen3-next-80b-a3b:Q4_K_M
     """

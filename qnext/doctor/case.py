@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from qnext.doctor.values import Change, EngineFacts, Price, Variable
-from qnext.hardware.machine import Machine
+from qnext.hardware.machine import Gpu, Machine
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
@@ -140,9 +140,8 @@ class Case:
     def _problem(self, given: Circumstances) -> tuple[Problem, Machine]:
         """The problem and the machine with the GPUs that the engine can use."""
         machine = given.machine
-        if given.backends is not None:
-            usable = tuple(gpu for gpu in machine.gpus if backend_of(gpu) in given.backends)
-            machine = replace(machine, gpus=usable)
+        usable = tuple(gpu for gpu in machine.gpus if _is_usable(gpu, given))
+        machine = replace(machine, gpus=usable)
         usual, usual_batch = thread_counts(machine)
         options = PlanOptions(
             **{wish.name: getattr(given.wishes, wish.name) for wish in fields(Wishes)},
@@ -151,6 +150,13 @@ class Case:
             repack=(self.engine and self.engine.safe_layout) or "full",
         )
         return make_problem(self.header, self.shape, machine, options), machine
+
+
+def _is_usable(gpu: Gpu, given: Circumstances) -> bool:
+    """Whether an engine with these backends can use the GPU, and its memory, which a plan needs, is known."""
+    sized = gpu.vram_total_bytes or gpu.vram_free_bytes or given.machine.unified_memory
+    driven = given.backends is None or (backend_of(gpu) in given.backends and gpu.index is not None)
+    return bool(sized) and driven
 
 
 def _price(model: str, now: Prediction, mended: Prediction, supposing: str) -> Price:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from qnext.doctor.case import Case
 from qnext.doctor.values import EngineFacts, Finding
+from qnext.hardware.machine import Gpu
 from qnext.plan.problem import backend_of
 
 _SPEED_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm", "sve")
@@ -62,22 +63,54 @@ def _distribution(engine: EngineFacts) -> Iterator[Finding]:
 
 
 def _gpus(case: Case, engine: EngineFacts) -> Iterator[Finding]:
+    """GPUs that the engine has no backend for, by kind, and those it should drive but does not list."""
     idle = [gpu for gpu in case.machine.gpus if backend_of(gpu) not in engine.backends]
-    kinds = dict.fromkeys(gpu.kind or "" for gpu in idle)
-    for kind in kinds:
-        names = " and ".join(dict.fromkeys(gpu.name or "a GPU" for gpu in idle if gpu.kind == kind))
-        backend = backend_of(next(gpu for gpu in idle if gpu.kind == kind))
-        mended = replace(case.here, backends=(*(case.here.backends or ()), backend))
-        only = "CPU-only" if not _gpu_backends(engine) else f"for {', '.join(_gpu_backends(engine))}"
-        yield Finding(
-            id="engine-without-gpu",
-            level="warning",
-            about="engine.backends",
-            what=f"{names} is here, but this engine is built {only}",
-            because=f"it has no {kind or 'matching'} backend, so the GPU stays idle",
-            fix=engine.rebuild.get(kind, "build the engine with the GPU's backend"),
-            price=case.price(mended),
+    for kind in dict.fromkeys(gpu.kind for gpu in idle):
+        only = f"for {', '.join(_gpu_backends(engine))}" if _gpu_backends(engine) else "CPU-only"
+        yield _priced_gpus(
+            case,
+            [gpu for gpu in idle if gpu.kind == kind],
+            Finding(
+                id="engine-without-gpu",
+                level="warning",
+                about="engine.backends",
+                what=f"{_names(idle, kind)} is here, but this engine is built {only}",
+                because=f"it has no {kind or 'matching'} backend, so the GPU stays idle",
+                fix=engine.rebuild.get(kind or "", "Build the engine with the GPU's backend."),
+            ),
         )
+    unseen = [gpu for gpu in case.machine.gpus if gpu not in idle and gpu.index is None]
+    for kind in dict.fromkeys(gpu.kind for gpu in unseen):
+        yield _priced_gpus(
+            case,
+            [gpu for gpu in unseen if gpu.kind == kind],
+            Finding(
+                id="engine-does-not-see-gpu",
+                level="warning",
+                about="engine.backends",
+                what=f"{_names(unseen, kind)} is here, but the engine does not list it",
+                because=f"it has the {kind} backend; the driver, rights on /dev/dri or a variable that hides "
+                "devices is in the way",
+                fix="Install or update the GPU's driver, and look at HIP_VISIBLE_DEVICES and its like.",
+            ),
+        )
+
+
+def _priced_gpus(case: Case, gpus: list[Gpu], finding: Finding) -> Finding:
+    """The finding with the price of leaving these GPUs idle, where their memory is known."""
+    if not all(gpu.vram_total_bytes or case.machine.unified_memory for gpu in gpus):
+        return replace(finding, unpriced="the GPU's memory is not known")
+    backends = (*(case.here.backends or ()), *map(backend_of, gpus))
+    numbered = tuple(
+        replace(gpu, index=position) if gpu in gpus and gpu.index is None else gpu
+        for position, gpu in enumerate(case.machine.gpus)
+    )
+    mended = replace(case.here, machine=replace(case.machine, gpus=numbered), backends=backends)
+    return replace(finding, price=case.price(mended))
+
+
+def _names(gpus: list[Gpu], kind: str | None) -> str:
+    return " and ".join(dict.fromkeys(gpu.name or "a GPU" for gpu in gpus if gpu.kind == kind))
 
 
 def _gpu_backends(engine: EngineFacts) -> list[str]:

@@ -146,6 +146,7 @@ ENGINES: list[tuple[EngineFacts, dict[str, Any], list[str]]] = [
     (replace(ENGINE, expected=False, build="llama-cpp-python 0.3.40+cu128 (a fork)"), {}, ["engine-other"]),
     (replace(ENGINE, claimants=("llama-cpp-python 0.3.36", "other 1.0")), {}, ["engine-conflict"]),
     (replace(ENGINE, backends=("cpu", "rpc")), {"backends": ("cpu", "rpc")}, ["engine-without-gpu"]),
+    (replace(ENGINE, backends=("cpu", "hip", "rpc")), {"backends": ("cpu", "hip")}, ["engine-without-gpu"]),
     (replace(ENGINE, compiled_sets=("avx2",)), {"compiled_sets": ("avx2",)}, ["engine-for-another-cpu"]),
     (
         replace(ENGINE, compiled_sets=("amx_int8", "avx2", "avx512_vnni", "avx512f", "avx_vnni")),
@@ -164,6 +165,19 @@ def test_a_fault_of_the_engine_or_its_settings_is_found(
     engine: EngineFacts, here: dict[str, Any], expected: list[str]
 ) -> None:
     assert ids(examine(case(load_machine(BOX), engine=engine, here=here))) == expected
+
+
+def test_a_card_that_the_engine_should_drive_but_does_not_list_is_found() -> None:
+    unseen = changed("gpu", index=None)
+    (finding,) = examine(case(unseen, engine=ENGINE, here={"backends": ENGINE.backends}))
+    assert finding.id == "engine-does-not-see-gpu"
+    assert finding.price is not None and finding.price.worst < -0.2
+
+
+def test_a_card_of_unknown_memory_is_told_without_a_price() -> None:
+    arc = changed("gpu", index=None, kind="sycl", vram_total_bytes=None, vram_free_bytes=None)
+    (finding,) = examine(case(arc, engine=ENGINE, here={"backends": ENGINE.backends}))
+    assert finding.id == "engine-without-gpu" and finding.unpriced
 
 
 def test_a_variable_that_reaches_the_engine_is_worse_than_one_that_does_not() -> None:
