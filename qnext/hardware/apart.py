@@ -8,6 +8,7 @@ pipe that nobody writes to: when the parent goes, however it dies, the pipe ends
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ sys.path.insert(0, sys.argv[1])
 from qnext.hardware.apart import answer
 answer(sys.argv[2], sys.argv[3])
 """
-_GRACE_S = 1.0
+_GRACE_S = 0.2
 """How long a killed child may take to go; one that a dead disk holds in the kernel is left behind."""
 
 
@@ -73,9 +74,10 @@ def measure_apart(module: str, question: Mapping[str, Any], limit_s: float) -> G
             raise _failed(f"the measurement did not end within {limit_s:g} s") from None
         finally:
             child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE_S)
             reader.join(_GRACE_S)
             if not reader.is_alive():  # else it holds the pipe's lock until the child lets go
-                child.wait()
                 for pipe in (child.stdin, child.stdout):
                     if pipe is not None:
                         pipe.close()

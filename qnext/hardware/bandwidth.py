@@ -80,7 +80,7 @@ def measure_bandwidth(
     too little memory to read past the caches.
     """
     began = time.monotonic()
-    size = _buffer_bytes(llc_bytes, usable_bytes)
+    size = choose_buffer_bytes(llc_bytes, usable_bytes)
     question = {
         "threads": sorted(set(threads)),
         "bytes": size,
@@ -104,7 +104,7 @@ def measure_bandwidth(
         raise HardwareError(
             "RAM bandwidth was not measured: no reading was taken", hint="Try again when less is running."
         )
-    return _summarise(entries, llc_bytes, note)
+    return summarise_readings(entries, llc_bytes, note)
 
 
 def measure_in_child(threads: int, *, llc_bytes: int | None = None, usable_bytes: int | None = None) -> int:
@@ -191,7 +191,7 @@ def with_bandwidth(machine: Machine, bandwidth: Bandwidth) -> Machine:
     return dataclasses.replace(machine, memory=memory, sources=dict(sources))
 
 
-def _buffer_bytes(llc: int | None, usable: int | None) -> int:
+def choose_buffer_bytes(llc: int | None, usable: int | None) -> int:
     """Bytes of all buffers together. Raises HardwareError when they would not reach past the cache."""
     size = min(max(CACHE_FACTOR * (llc or UNKNOWN_CACHE_BYTES), LEAST_BYTES), MOST_BYTES)
     if usable is not None:
@@ -205,7 +205,10 @@ def _buffer_bytes(llc: int | None, usable: int | None) -> int:
     return size
 
 
-def _summarise(entries: Iterable[dict[str, Any]], llc: int | None, note: str) -> Bandwidth:
+def summarise_readings(
+    entries: Iterable[dict[str, Any]], llc: int | None = None, note: str = ""
+) -> Bandwidth:
+    """What the child's entries (`read_memory.measure`) say, at least one reading among them."""
     first, *readings = entries
     by_threads: dict[int, list[int]] = {}
     nodes: dict[int, int] = {}

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qnext.hardware.cpu import detect_cpu
+from qnext.hardware.disk import detect_disk
 from qnext.hardware.gpus import detect_gpus, shares_host_memory
-from qnext.hardware.machine import Disk, Gpu, Machine, Sources, facts
+from qnext.hardware.machine import Gpu, Machine, Sources, facts
 from qnext.hardware.memory import detect_memory
-
-_DISK_DEADLINE_S = 2.0
 
 
 def detect_machine(
@@ -31,8 +30,6 @@ def detect_machine(
     system, arch = _system()
     cpu, memory = detect_cpu(sources, root), detect_memory(sources, root)
     gpus = detect_gpus(sources, os.environ if environ is None else environ, root, gpu_deadline_s)
-    free, asked = _disk_free(model_dir)
-    disk = Disk(free_bytes=sources.record("disk.free_bytes", free, "statvfs of the model folder", asked))
     machine = Machine(
         os=sources.record("os", system, "uname"),
         arch=sources.record("arch", arch, "uname"),
@@ -45,7 +42,7 @@ def detect_machine(
             "operating system and GPUs",
             "no GPU reports memory of its own",
         ),
-        disk=disk,
+        disk=detect_disk(model_dir, sources, root),
     )
     for path, value in facts(machine):
         if value is None:
@@ -65,27 +62,3 @@ def _unified(system: str | None, arch: str | None, gpus: tuple[Gpu, ...]) -> boo
     if (system == "darwin" and arch == "arm64") or any(shares_host_memory(gpu) for gpu in gpus):
         return True
     return False if gpus and all(gpu.vram_total_bytes for gpu in gpus) else None
-
-
-def _disk_free(folder: Path) -> tuple[int | None, str]:
-    """(bytes an unprivileged user may write, why not). In a thread: a dead network mount never answers."""
-    import shutil
-    import threading
-
-    answer: list[tuple[int | None, str]] = []
-
-    def ask() -> None:
-        for place in (folder.absolute(), *folder.absolute().parents):
-            try:
-                if place.exists():
-                    answer.append((shutil.disk_usage(place).free, ""))
-                    return
-            except OSError as error:
-                answer.append((None, f"the model folder cannot be asked: {error.strerror}"))
-                return
-
-    thread = threading.Thread(target=ask, name="disk-free", daemon=True)
-    thread.start()
-    thread.join(_DISK_DEADLINE_S)
-    late = f"the model folder's disk did not answer within {_DISK_DEADLINE_S:g} s"
-    return answer[0] if answer else (None, late)
