@@ -84,12 +84,9 @@ def find_cached(
 
 def cache_folders(environ: Mapping[str, str]) -> tuple[tuple[str, Path], ...]:
     """(whose, folder) in the order to look, as each program finds its own; they need not exist."""
-    home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() may raise
-    cache = _folder(environ, "XDG_CACHE_HOME") or home / ".cache"
-    hub_home = _folder(environ, "HF_HOME") or cache / "huggingface"
-    hub = _folder(environ, "HF_HUB_CACHE") or _folder(environ, "HUGGINGFACE_HUB_CACHE") or hub_home / "hub"
+    home, cache = _home_and_cache(environ)
     folders = (
-        ("Hugging Face", hub),
+        ("Hugging Face", hub_folder(environ)),
         ("llama.cpp", _folder(environ, "LLAMA_CACHE") or cache / "llama.cpp"),
         ("LM Studio", home / ".lmstudio" / "models"),
         ("LM Studio", home / ".cache" / "lm-studio" / "models"),
@@ -98,6 +95,19 @@ def cache_folders(environ: Mapping[str, str]) -> tuple[tuple[str, Path], ...]:
     for store, folder in folders:
         unique.setdefault(folder, store)
     return tuple((store, folder) for folder, store in unique.items())
+
+
+def hub_folder(environ: Mapping[str, str]) -> Path:
+    """Where downloads from the Hugging Face Hub are kept, by every program; it need not exist."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if folder := _folder(environ, name):
+            return folder
+    return (_folder(environ, "HF_HOME") or _home_and_cache(environ)[1] / "huggingface") / "hub"
+
+
+def _home_and_cache(environ: Mapping[str, str]) -> tuple[Path, Path]:
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() may raise
+    return home, _folder(environ, "XDG_CACHE_HOME") or home / ".cache"
 
 
 def _folder(environ: Mapping[str, str], name: str) -> Path | None:

@@ -6,6 +6,7 @@ is remembered and used from then on, by `qnext plan` too.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +34,7 @@ from qnext.errors import QnextError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint, machine_to_dict
 from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader
-from qnext.models.hub_cache import CachedModel, find_cached
+from qnext.models.hub_cache import CachedModel, find_cached, hub_folder
 from qnext.models.shape import read_shape
 from qnext.models.synth import SHAPES
 from qnext.models.synth.imagined import imagined_header
@@ -106,11 +107,15 @@ def examine_machine(
     is called with its progress. Raises ModelError or UsageError for a model that cannot be read.
     """
     label, header, on_disk = _model(request.model, paths)
-    machine, engine = _recorded(request, paths) if request.hardware else _here(request, paths)
+    machine, engine = _recorded(request, paths) if request.hardware else _here(_model_folder(header), paths)
     if full and engine is not None:
         from qnext.pipeline.measuring import measure_machine
 
-        machine = measure_machine(machine, engine.installation is not None, paths, notice, show)
+        build = engine.installation.build if engine.installation else None
+        machine, layout = measure_machine(
+            machine, build, _model_folder(header), paths, notice, show or (lambda share, what: None)
+        )
+        engine = replace(engine, safe_layout=layout or engine.safe_layout)
     facts = _facts(engine)
     wishes = {wish.name: getattr(request, wish.name) for wish in fields(Wishes)}
     case = Case(
@@ -152,13 +157,13 @@ def _recorded(request: Request, paths: Paths) -> tuple[Machine, None]:
     return load_machine(request.hardware, paths.hardware_dir), None
 
 
-def _here(request: Request, paths: Paths) -> tuple[Machine, EngineState]:
+def _here(model_folder: Path, paths: Paths) -> tuple[Machine, EngineState]:
     from concurrent.futures import ThreadPoolExecutor
 
     # Other programs take their time to answer; meanwhile the machine is read.
     with ThreadPoolExecutor(1) as beside:
         others = beside.submit(find_other_engines)
-        machine = detect_machine(paths.data_dir)
+        machine = detect_machine(model_folder)
         installation = inspect_installation()
         compiled = CompiledSets(None, reason="no engine is installed")
         layout: RepackPolicy | None = None
@@ -182,6 +187,11 @@ def _model(ref: str, paths: Paths) -> tuple[str, ModelHeader, bool]:
     model = locate_model(ref, paths)
     words = model.shape.name or model.header.paths[0].stem
     return f"{words} {model.shape.quant or ''}".strip(), model.header, True
+
+
+def _model_folder(header: ModelHeader) -> Path:
+    """Where the model lies, or where one that is not here would be downloaded to."""
+    return header.paths[0].parent if header.paths else hub_folder(os.environ)
 
 
 def _facts(engine: EngineState | None) -> EngineFacts | None:

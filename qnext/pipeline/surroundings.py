@@ -6,8 +6,6 @@ machine and engine build and kept in the cache folder; `notice` tells the user w
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -16,10 +14,11 @@ from pathlib import Path
 
 from qnext.config import Paths
 from qnext.engine.build import EngineBuild, installed_build
-from qnext.engine.cache import write_atomically
 from qnext.errors import EngineError, HardwareError, ModelError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint
+from qnext.models.hub_cache import hub_folder
 from qnext.pipeline.engine_devices import add_engine_gpus
+from qnext.pipeline.measurements import recall_measurements, remember_measurements
 from qnext.pipeline.request import Request
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import RepackPolicy
@@ -52,7 +51,7 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     """Detect or load the machine and fetch the remembered answers, asking those that are missing."""
     this_machine = request.hardware is None
     if request.hardware is None:
-        machine = detect_machine(paths.data_dir)
+        machine = detect_machine(hub_folder(os.environ))
     else:
         machine = load_machine(request.hardware, paths.hardware_dir)
     build = installed_build() if this_machine else None
@@ -62,7 +61,7 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     threads, threads_batch = thread_counts(machine)
     if this_machine:
         machine = _with_bandwidth(machine, threads, paths, notice)
-    repack = _repack_policy(request, machine, build, paths, threads, notice)
+    repack = _repack_policy(request, machine, build, paths, notice)
     return Surroundings(
         machine=machine,
         this_machine=this_machine,
@@ -100,15 +99,21 @@ def _usable_gpus(
 
 
 def _repack_policy(
-    request: Request, machine: Machine, build: EngineBuild | None, paths: Paths, threads: int, notice: Notice
+    request: Request, machine: Machine, build: EngineBuild | None, paths: Paths, notice: Notice
 ) -> RepackPolicy:
     """The asked-for layout, else the probed one; where nothing can be probed, AMX counts as a risk."""
     if request.repack is not None:
         return request.repack
+    probed = probe_layout(machine, build, paths, notice) if build is not None else None
     has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
-    untried: RepackPolicy = "experts" if has_amx else "full"
-    if build is None:
-        return untried
+    return probed or ("experts" if has_amx else "full")
+
+
+def probe_layout(machine: Machine, build: EngineBuild, paths: Paths, notice: Notice) -> RepackPolicy | None:
+    """The fastest weight layout that does not crash here, tried out once; None where it cannot be tried.
+
+    Raises EngineError when no layout runs.
+    """
     from qnext.engine.probe import safe_repack_policy
     from qnext.models.gguf_reader import read_header
     from qnext.models.synth import demo_path
@@ -118,10 +123,11 @@ def _repack_policy(
         model = demo_path(paths.demo_dir)
     except ModelError as error:
         notice(f"not checking which weight layout is safe on this CPU: {error.message}")
-        return untried
+        return None
     if not entry.exists():
         notice("checking once which weight layout is safe on this CPU (about a second)")
     host = host_traits(machine.cpu.instruction_sets or ())
+    threads = thread_counts(machine)[0]
     plain = Placement(threads=threads, threads_batch=threads)
     placements: dict[RepackPolicy, Placement] = {
         "full": replace(plain, extra_buffers=True),
@@ -140,34 +146,38 @@ _PROBE_PROMPT = "What can you do for me? " * 90
 """Long enough for a full ubatch of 512 tokens and a remainder."""
 
 
+_BUSY = "on a busy machine"
+
+
 def _with_bandwidth(machine: Machine, threads: int, paths: Paths, notice: Notice) -> Machine:
-    """`machine` with its RAM bandwidth as measured here, now or earlier."""
-    if machine.memory.measured_bandwidth_bps is not None:
+    """`machine` with what was measured here, its RAM bandwidth at least.
+
+    Where that is not known it is measured in half a second, and again in a calm moment when the machine was
+    busy: noise only takes away, so the higher figure counts.
+    """
+    machine = recall_measurements(machine, paths)
+    known, busy = machine.memory.measured_bandwidth_bps, _is_busy(threads)
+    if known and (busy or _BUSY not in machine.sources.get("memory.measured_bandwidth_bps", "")):
         return machine
-    measured = _measured_here(machine, threads, paths, notice)
-    return replace(machine, memory=replace(machine.memory, measured_bandwidth_bps=measured))
-
-
-def _measured_here(machine: Machine, threads: int, paths: Paths, notice: Notice) -> int | None:
-    """The remembered measurement; taken again in a calm moment when it was made on a busy machine."""
-    entry = paths.probes_dir / f"bandwidth-{machine_fingerprint(machine)}.json"
-    known, disturbed = 0, True
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(entry.read_text())
-        known, disturbed = int(content["bytes_per_second"]), bool(content["disturbed"])
-    busy = _is_busy(threads)
-    if known and (busy or not disturbed):
-        return known
     from qnext.hardware.bandwidth import measure_in_child
 
     notice("measuring RAM bandwidth once (under a second)")
+    memory = machine.memory
     try:
-        measured = max(known, measure_in_child(threads))
+        measured = measure_in_child(
+            threads, llc_bytes=machine.cpu.llc_bytes, usable_bytes=memory.usable_bytes
+        )
     except HardwareError as error:
         logger.info("%s", error.message)
-        return known or None
-    write_atomically(entry, json.dumps({"bytes_per_second": measured, "disturbed": busy}))
-    return measured
+        return machine
+    how = f"read with {threads} threads in half a second{', ' + _BUSY if busy else ''}"
+    machine = replace(
+        machine,
+        memory=replace(memory, measured_bandwidth_bps=max(known or 0, measured)),
+        sources={**machine.sources, "memory.measured_bandwidth_bps": how},
+    )
+    remember_measurements(machine, paths)
+    return machine
 
 
 def _is_busy(threads: int) -> bool:

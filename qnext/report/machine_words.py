@@ -87,8 +87,21 @@ def _cpu_rows(machine: Machine) -> Iterator[Row]:
         yield Row("cpu.cache", "cache", format_bytes(cpu.llc_bytes), "last level, all together")
     power = " / ".join(word for word in (cpu.governor, cpu.power_profile) if word)
     yield Row("cpu.power", "power", power or "not told", "" if power else _why(machine, "cpu.governor"))
-    inside = [word for word in (cpu.hypervisor, cpu.container) if word and word != "none"]
-    yield Row("cpu.inside", "runs in", ", ".join(inside) or "no virtual machine or container seen")
+    yield Row("cpu.inside", "runs in", _inside(machine))
+
+
+def _inside(machine: Machine) -> str:
+    cpu = machine.cpu
+    words = []
+    if cpu.hypervisor not in (None, "none"):
+        words.append(
+            "a virtual machine" if cpu.hypervisor == "unknown" else f"a virtual machine ({cpu.hypervisor})"
+        )
+    if cpu.container not in (None, "none"):
+        words.append(f"a container ({cpu.container})")
+    if words:
+        return " and ".join(words)
+    return "not told" if cpu.hypervisor is None else "no virtual machine or container seen"
 
 
 def _memory_rows(machine: Machine) -> Iterator[Row]:
