@@ -97,3 +97,33 @@ def test_inherited_variables_are_told(qnext: Qnext) -> None:
     found = {one["what"]: one["level"] for one in json.loads(done.stdout)["findings"]}
     assert found["GGML_SCHED_DEBUG is set"] == "warning"
     assert found["LLAMA_ARG_CTX_SIZE is set"] == "info"
+
+
+def test_models_in_the_shared_cache_are_told_with_whether_they_run(
+    qnext: Qnext, demo_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hub/models--someone--demo-GGUF/snapshots/0123"
+    folder.mkdir(parents=True)
+    (folder / "demo-Q8_0.gguf").symlink_to(demo_model)
+    (folder / "other-Q4_K_M-00001-of-00002.gguf").symlink_to(demo_model)
+    (folder / "broken-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(100))
+    done = qnext("doctor", "--json", env={"HF_HOME": str(tmp_path)})
+    told = {model["quant"] or model["path"]: model for model in json.loads(done.stdout)["models"]}
+    demo = next(model for model in told.values() if model["fits"])
+    assert demo["repo"] == "someone/demo-GGUF" and demo["prediction"]["decode_tps"]["mid"] > 0
+    others = [model for model in json.loads(done.stdout)["models"] if model is not demo]
+    assert [model["fits"] for model in others if model["path"] != demo["path"]] == [None, None]
+    assert all(model["reason"] for model in others if model["path"] != demo["path"])
+
+
+def test_full_measures_ram_and_disk_and_the_next_look_remembers(qnext: Qnext, tmp_path: Path) -> None:
+    home = {"QNEXT_HOME": str(tmp_path)}
+    measured = json.loads(qnext("doctor", "--full", "--json", env=home).stdout)["machine"]
+    remembered = json.loads(qnext("doctor", "--json", env=home).stdout)["machine"]
+    for machine in (measured, remembered):
+        memory = machine["memory"]
+        assert memory["measured_bandwidth_bps"] > 10**8
+        assert memory["bandwidth_knee_threads"] in dict(memory["bandwidth_by_threads"])
+        assert machine["disk"]["read_bps"] or machine["sources"]["disk.read_bps"]
+    assert remembered["memory"]["measured_bandwidth_bps"] == measured["memory"]["measured_bandwidth_bps"]
+    assert remembered["sources"]["disk.read_bps"] == measured["sources"]["disk.read_bps"]
