@@ -31,6 +31,8 @@ UNKNOWN_CACHE_BYTES = 128 * MIB
 """Stands for a last-level cache that the system does not state."""
 CACHE_FACTOR = 4
 """Buffers are so many times the last-level cache, so that hardly any of a block is still in it next time."""
+LEAST_FACTOR = 2
+"""With smaller buffers the caches would be measured, and nothing is."""
 KNEE_SHARE = 0.95
 MOST_POINTS = 7
 _SPREAD_READINGS = 5
@@ -84,6 +86,7 @@ def measure_bandwidth(
     question = {
         "threads": sorted(set(threads)),
         "bytes": size,
+        "least_bytes": min(size, LEAST_FACTOR * (llc_bytes or 0)),
         "nodes": [[node, sorted(cpus)] for node, cpus in sorted((nodes or {}).items())],
         "ends": began + budget_s,
     }
@@ -196,7 +199,7 @@ def choose_buffer_bytes(llc: int | None, usable: int | None) -> int:
     size = min(max(CACHE_FACTOR * (llc or UNKNOWN_CACHE_BYTES), LEAST_BYTES), MOST_BYTES)
     if usable is not None:
         size = min(size, usable // 4)
-    if size < 2 * (llc or 0) or size < MIB:
+    if size < LEAST_FACTOR * (llc or 0) or size < MIB:
         raise HardwareError(
             f"RAM bandwidth was not measured: {format_bytes(size)} may be read, the caches hold "
             f"{format_bytes(llc)}",

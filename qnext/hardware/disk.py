@@ -10,6 +10,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -144,9 +145,10 @@ def measure_disk(folder: Path, budget_s: float = 4.0) -> DiskSpeed:
     problem = "nothing was read"
     question = {"folder": str(folder.absolute()), "seconds": max(0.1, budget_s - MARGIN_S)}
     try:
-        for entry in measure_apart("qnext.hardware.read_disk", question, budget_s - LATE_S):
-            note = entry.get("note", note)
-            done, seconds = entry.get("bytes", done), entry.get("seconds", seconds)
+        with closing(measure_apart("qnext.hardware.read_disk", question, budget_s - LATE_S)) as answers:
+            for entry in answers:
+                note = entry.get("note", note)
+                done, seconds = entry.get("bytes", done), entry.get("seconds", seconds)
     except HardwareError as error:
         problem = error.message
     if not done or seconds <= 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -27,7 +28,9 @@ from qnext.units import MIB
 LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 4 * MIB, 16 * MIB
 """Read between two looks at the clock; more with many threads, for Python's part is done by one at a time."""
 SLICE_S = 0.005
-"""Short enough to fall between what other programs do with the cores, some ten blocks long."""
+"""Length of a slice at least: short enough to fall between what other programs do with the cores."""
+SLICE_BLOCKS = 10
+"""Blocks of each thread in a slice at least: one that is cut counts as if it had been read evenly."""
 PASSES = 6
 """For how many rounds through the numbers of threads there is time, at least."""
 ALL_PASSES = 3
@@ -72,9 +75,10 @@ class _Reader:
 def measure(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Readings of RAM bandwidth until `ends` on the clock of time.monotonic, each `threads` at least once.
 
-    `question` holds `threads` (numbers of threads to try), `bytes` (all buffers together), `nodes`
-    ([node, [CPU, …]] pairs; empty to leave placement to the system) and `ends`. Yields {"buffer_bytes"} and
-    then {"threads", "bps", "nodes": [[node, bps], …]} for every reading, bps in bytes per second.
+    `question` holds `threads` (numbers of threads to try), `bytes` (all buffers together), `least_bytes`
+    (what of them has to be written however long it takes), `nodes` ([node, [CPU, …]] pairs; empty to leave
+    placement to the system) and `ends`. Yields {"buffer_bytes"} and then {"threads", "bps",
+    "nodes": [[node, bps], …]} for every reading, bps in bytes per second.
     """
     with contextlib.suppress(OSError):  # if memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -83,8 +87,8 @@ def measure(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     began, ends = time.monotonic(), float(question["ends"])
     best = dict.fromkeys(question["threads"], 0)
     places = _seat(max(best), [(node, frozenset(cpus)) for node, cpus in question["nodes"]])
-    written = _write(numpy, places, question["bytes"], began + max(0.1, (ends - began) * _TOUCH_SHARE))
-    yield {"buffer_bytes": written}
+    until = began + max(0.1, (ends - began) * _TOUCH_SHARE)
+    yield {"buffer_bytes": _write(numpy, places, question["bytes"], question["least_bytes"], until)}
     turn_s = (ends - time.monotonic()) / (PASSES * len(best))
     turn_s = min(max(turn_s, _SHORTEST_S), _LONGEST_S)
     for turn in itertools.count():
@@ -118,8 +122,8 @@ def _spread(places: Sequence[_Place], threads: int) -> list[_Place]:
     return list(itertools.islice(itertools.cycle(order), threads))
 
 
-def _write(numpy: Any, places: Sequence[_Place], total: int, until: float) -> int:
-    """Fill the places' blocks, at least one per seat, and return the bytes written."""
+def _write(numpy: Any, places: Sequence[_Place], total: int, least: int, until: float) -> int:
+    """Fill the places' blocks, at least one per seat and `least` bytes, and return the bytes written."""
     seats = sum(place.seats for place in places)
     size = min(max(LEAST_BLOCK_BYTES, seats * MIB // 4), MOST_BLOCK_BYTES, total // seats)
     size = max(1, size // _PAGE_BYTES) * _PAGE_BYTES
@@ -127,17 +131,20 @@ def _write(numpy: Any, places: Sequence[_Place], total: int, until: float) -> in
     for place in places:
         count = max(place.seats, total * place.seats // seats // size)
         blocks = numpy.split(numpy.empty(count * size // 4, dtype=numpy.float32), count)
-        jobs += [partial(_fill, place, blocks[seat :: place.seats], until) for seat in range(place.seats)]
+        needed = math.ceil(count * least / total / place.seats)
+        jobs += [
+            partial(_fill, place, blocks[seat :: place.seats], needed, until) for seat in range(place.seats)
+        ]
     _run_together(jobs)
     return sum(int(block.nbytes) for place in places for block in place.blocks)
 
 
-def _fill(place: _Place, blocks: Sequence[Any], until: float) -> None:
+def _fill(place: _Place, blocks: Sequence[Any], needed: int, until: float) -> None:
     _pin(place)
-    for block in blocks:
+    for count, block in enumerate(blocks, start=1):
         block.fill(1)
         place.blocks.append(block)
-        if time.monotonic() > until:
+        if count >= needed and time.monotonic() > until:
             return
 
 
@@ -164,15 +171,16 @@ def _read(numpy: Any, places: Sequence[_Place], threads: int, seconds: float, tu
 
 
 def _slices(numpy: Any, clocks: Sequence[list[float]]) -> Any:
-    """(begin, end) rows, a slice long and an eighth of it apart, of the time in which all were reading.
+    """(begin, end) rows of slices, an eighth of one apart, from the time in which all were reading.
 
     Where there was no such time (another program had the cores), one row over everything.
     """
     begin, end = max(times[0] for times in clocks), min(times[-1] for times in clocks)
     if end <= begin:
         return numpy.array([[min(times[0] for times in clocks), max(times[-1] for times in clocks)]])
-    width = min(SLICE_S, end - begin)
-    starts = numpy.linspace(begin, end - width, 1 + int((end - begin - width) / (SLICE_S / 8)))
+    block_s = sum(times[-1] - times[0] for times in clocks) / sum(len(times) - 1 for times in clocks)
+    width = min(max(SLICE_S, SLICE_BLOCKS * block_s), end - begin)
+    starts = numpy.linspace(begin, end - width, 1 + int((end - begin - width) / (width / 8)))
     return numpy.stack([starts, starts + width], axis=1)
 
 
