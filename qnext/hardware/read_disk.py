@@ -60,7 +60,8 @@ def measure(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     mount = find_mount(place.resolve())
     if mount is not None and mount.filesystem in _CACHED:
         raise OSError(errno.EOPNOTSUPP, _CACHED[mount.filesystem])
-    found = find_large_file(place, time.monotonic() + _SEARCH_S)
+    given = place == Path(question["folder"])  # what lies beside a folder yet to come is none of our business
+    found = find_large_file(place, time.monotonic() + _SEARCH_S) if given else None
     if found is None:
         with tempfile.TemporaryFile(dir=place, buffering=0) as scratch:
             _make_direct(scratch)
@@ -81,6 +82,7 @@ def find_large_file(place: Path, until: float) -> Path | None:
     if place.is_file():
         return place
     best, best_size = None, LEAST_FILE_BYTES - 1
+    device = place.stat().st_dev
     for folder, _, names in os.walk(place):
         for name in names:
             path = Path(folder, name)
@@ -90,7 +92,8 @@ def find_large_file(place: Path, until: float) -> Path | None:
                 status = path.lstat()
             except OSError:
                 continue
-            whole = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 >= status.st_size
+            here = stat.S_ISREG(status.st_mode) and status.st_dev == device
+            whole = here and status.st_blocks * 512 >= status.st_size
             if whole and status.st_size > best_size and os.access(path, os.R_OK):
                 best, best_size = path, status.st_size
         if time.monotonic() > until:

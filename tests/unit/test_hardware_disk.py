@@ -312,6 +312,12 @@ def test_only_whole_files_are_worth_reading(tmp_path: Path, monkeypatch: pytest.
     assert read_disk.find_large_file(tmp_path, ends) == tmp_path / "blobs/better"
 
 
+def test_what_lies_beside_a_folder_yet_to_come_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "private.gguf").write_bytes(os.urandom(MIB) * 260)
+    speed = measure_disk(tmp_path / "models", budget_s=1.5)
+    assert not measurable(speed) or "scratch file" in speed.note
+
+
 def test_the_measured_rate_or_its_absence_enters_the_machine() -> None:
     before = Machine(disk=Disk(free_bytes=5))
     after = with_disk_speed(before, DiskSpeed(700, "how"))
