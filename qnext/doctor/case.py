@@ -90,7 +90,7 @@ class Case:
         """A change under which the model fits, as flags or a smaller file; empty where it fits."""
         if self.fits:
             return ""
-        problem = self._problem(self.here)[0]
+        problem = replace(self._problem(self.here), speeds=None)  # whether it fits does not hang on them
         placed = choose_placement(problem)
         return next(suggest_changes(problem, placed, lambda changed: choose_placement(changed).fits), "")
 
@@ -122,23 +122,19 @@ class Case:
         return _price(self.model, before.prediction, after.prediction, supposing)
 
     def _forecast(self, given: Circumstances) -> Forecast:
-        problem, machine = self._problem(given)
+        problem = self._problem(given)
         placed = choose_placement(problem)
         missing = placed.missing
         if missing:  # what it would reach with enough RAM still tells what a fault costs
             problem = _with_boundless_host(problem)
             placed = choose_placement(problem)
-        prediction, _ = forecast(
-            problem,
-            placed.placement,
-            placed.memory.devices,
-            machine_speeds(machine, given.compiled_sets),
-            problem.options.workload,
-        )
+        assert problem.speeds is not None
+        workload = problem.options.workload
+        prediction, _ = forecast(problem, placed.placement, placed.memory.devices, problem.speeds, workload)
         return Forecast(placed, prediction, missing)
 
-    def _problem(self, given: Circumstances) -> tuple[Problem, Machine]:
-        """The problem and the machine with the GPUs that the engine can use."""
+    def _problem(self, given: Circumstances) -> Problem:
+        """The problem on the machine with those GPUs that the engine can use."""
         machine = given.machine
         usable = tuple(gpu for gpu in machine.gpus if _is_usable(gpu, given))
         machine = replace(machine, gpus=usable)
@@ -149,7 +145,8 @@ class Case:
             threads_batch=given.threads_batch or given.threads or usual_batch,
             repack=(self.engine and self.engine.safe_layout) or "full",
         )
-        return make_problem(self.header, self.shape, machine, options), machine
+        speeds = machine_speeds(machine, given.compiled_sets)
+        return make_problem(self.header, self.shape, machine, options, speeds=speeds)
 
 
 def _is_usable(gpu: Gpu, given: Circumstances) -> bool:

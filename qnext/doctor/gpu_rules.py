@@ -52,7 +52,7 @@ def _link(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
             f"{best_generation}.0 x{best_width}",
             because=f"a prompt copies the experts in RAM over this link once per ubatch: {now / 1e9:.0f} "
             f"instead of {best / 1e9:.0f} GB/s{slot}",
-            fix="Move the card to a slot with more lanes, if the board has one: two cards often share sixteen."
+            fix="Use a slot with more lanes, if the board has one: two cards often share sixteen."
             if slot
             else "Move the card to the slot nearest the CPU, check riser cables, and set the slot's speed to "
             "Auto in the firmware's setup.",

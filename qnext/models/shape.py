@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qnext.errors import ModelError
 from qnext.models.header import ModelHeader, SkippedArray
@@ -126,12 +127,14 @@ class ModelShape:
         return tuple(il for il in range(self.n_layer) if self.recurrent[il])
 
 
+@lru_cache(maxsize=8192)
 def layer_of(tensor_name: str) -> int | None:
     """Layer number of `blk.N.…`, None for input and output tensors."""
     match = _BLOCK.match(tensor_name)
     return int(match.group(1)) if match else None
 
 
+@lru_cache(maxsize=8192)
 def is_expert(tensor_name: str) -> bool:
     """Whether this is a routed-expert tensor (fused and chunked variants too, shared experts not)."""
     match = _BLOCK.match(tensor_name)

@@ -55,6 +55,7 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
         vram=request.vram,
         device_memory=request.device_memory,
         rpc_servers=request.rpc_servers,
+        speeds=surroundings.speeds,
     )
     if surroundings.build is None:
         plan = make_plan(request.model, problem, surroundings.speeds)
@@ -86,12 +87,14 @@ def settle_placement(problem: Problem, runner: DryRunner) -> tuple[Placement, Pr
     forth. Returns the placement and the problem with the figures of its own dry run. Raises EngineError.
     """
     placement = choose_placement(problem).placement
+    # The dry runs to come are of this ubatch: their figures say nothing about another one.
+    settled = replace(problem, options=replace(problem.options, ubatch=placement.ubatch))
     most: dict[str, int] = {}
     for rounds_left in reversed(range(_DRY_RUN_ROUNDS)):
         compute = compute_per_device(runner.measure(placement), problem.used(placement))
         for name, size in compute.items():
             most[name] = max(most.get(name, 0), size)
-        again = choose_placement(replace(problem, compute=most)).placement
+        again = choose_placement(replace(settled, compute=most)).placement
         if again == placement or not rounds_left:
             break
         placement = again

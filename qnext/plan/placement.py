@@ -20,6 +20,7 @@ from qnext.plan.flags import expert_pattern
 from qnext.plan.memory import MemoryPlan, plan_memory
 from qnext.plan.options import PlanOptions
 from qnext.plan.overrides import checked_overrides, repack_overrides
+from qnext.plan.speed import MachineSpeeds
 from qnext.plan.split import deal_layers, layer_costs
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.values import HOST, Budget, Override, Placement
@@ -35,7 +36,8 @@ class Problem:
     """What a placement is sought for. `traits` maps device names to how they store tensors, host included.
 
     `compute` holds compute-buffer bytes per device from a dry run, None to use the estimate. `rpc_servers`
-    are the endpoints behind the RPC devices of `budgets`.
+    are the endpoints behind the RPC devices of `budgets`. `speeds` are what a choice between placements that
+    fit is made by; without them the largest ubatch wins.
     """
 
     header: ModelHeader
@@ -45,6 +47,7 @@ class Problem:
     options: PlanOptions
     compute: Mapping[str, int] | None = None
     rpc_servers: tuple[str, ...] = ()
+    speeds: MachineSpeeds | None = None
 
     def memory(self, placement: Placement) -> MemoryPlan:
         """Bytes per device of one placement."""

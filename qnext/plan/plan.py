@@ -6,7 +6,7 @@ run and of a bandwidth probe come in as values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -108,6 +108,7 @@ def explain_misfit(plan: Plan, problem: Problem, fits: Callable[[Problem], bool]
     `fits` judges a changed problem where the arithmetic alone says that it fits: by a dry run, if there is
     an engine.
     """
+    problem = replace(problem, speeds=None)  # whether something fits does not hang on them
     placed = check_placement(problem, plan.placement)
 
     def both(changed: Problem) -> bool:
@@ -147,38 +148,69 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def choose_placement(problem: Problem) -> Placed:
-    """Context and ubatch as wished or as large as fits, and the placement for them.
+    """Context and ubatch as wished or as suits the workload best, and the placement for them.
 
-    A ubatch costs speed, a context costs what the user can do, so the ubatch shrinks first. Less context
-    never needs more memory: if the smallest does not fit, nothing between is worth trying.
+    The first context that fits is taken, longest first: a context costs what the user can do. Of the ubatches
+    that fit with it, the one whose turn is shortest: a large one copies the experts in RAM to the GPU less
+    often, and its buffer takes the room of other experts. Less context and ubatch never need more memory: if
+    the smallest do not fit, nothing between is worth trying.
     """
-    sizes = list(_context_and_ubatch(problem))
-    placed = find_placement(problem, _base(problem, *sizes[0]))
-    if placed.fits or len(sizes) == 1:
-        return placed
-    smallest = find_placement(problem, _base(problem, *sizes[-1]))
-    if not smallest.fits:
-        return smallest
-    for size in sizes[1:-1]:
-        placed = find_placement(problem, _base(problem, *size))
-        if placed.fits:
-            return placed
+    contexts, ubatches = _contexts(problem), _ubatches(problem)
+    smallest: Placed | None = None
+    for context in contexts:
+        placed = [find_placement(problem, _base(problem, context, ubatch)) for ubatch in ubatches]
+        fitting = [candidate for candidate in placed if candidate.fits]
+        if fitting:
+            return _shortest_turn(problem, fitting)
+        if len(contexts) == 1:
+            return placed[0] if len(ubatches) == 1 else placed[-1]
+        if smallest is None:
+            smallest = find_placement(problem, _base(problem, contexts[-1], ubatches[-1]))
+            if not smallest.fits:
+                return smallest
+    assert smallest is not None
     return smallest
 
 
-def _context_and_ubatch(problem: Problem) -> Iterator[tuple[int, int]]:
-    """Combinations to try, most wanted first."""
+def turn_seconds(prediction: Prediction, workload: Workload) -> float:
+    """Time of one turn of `workload` at the middle of a forecast; infinite without one."""
+    prefill, decode = prediction.prefill_tps, prediction.decode_tps
+    if prefill is None or decode is None or not prefill.mid or not decode.mid:
+        return float("inf")
+    return workload.prompt / prefill.mid + workload.generate / decode.mid
+
+
+def _shortest_turn(problem: Problem, fitting: Sequence[Placed]) -> Placed:
+    """The candidate with the shortest turn; the first one, where speeds are not known or all are alike."""
+    speeds, workload = problem.speeds, problem.options.workload
+    if speeds is None or len(fitting) == 1:
+        return fitting[0]
+
+    def seconds(placed: Placed) -> float:
+        prediction, _ = forecast(problem, placed.placement, placed.memory.devices, speeds, workload)
+        return turn_seconds(prediction, workload)
+
+    return min(fitting, key=seconds)
+
+
+def _contexts(problem: Problem) -> list[int]:
+    """Contexts to try, most wanted first."""
     options = problem.options
     largest = problem.shape.context_train * options.parallel
-    wanted = options.context or min(DEFAULT_CONTEXT, largest)
-    contexts = [wanted]
+    contexts = [options.context or min(DEFAULT_CONTEXT, largest)]
     while options.context is None and contexts[-1] > SMALLEST_CONTEXT:
         contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))
+    return contexts
+
+
+def _ubatches(problem: Problem) -> list[int]:
+    """Physical batches to try, largest first."""
+    options = problem.options
+    if options.ubatch:
+        return [min(options.ubatch, options.batch)]
     has_gpu = any(budget.kind == "gpu" and budget.budget_bytes > 0 for budget in problem.budgets)
-    ubatches = [options.ubatch] if options.ubatch else (list(GPU_UBATCHES) if has_gpu else [CPU_UBATCH])
-    for context in contexts:
-        for ubatch in dict.fromkeys(min(ubatch, options.batch) for ubatch in ubatches):
-            yield context, ubatch
+    tried = GPU_UBATCHES if has_gpu else (CPU_UBATCH,)
+    return list(dict.fromkeys(min(ubatch, options.batch) for ubatch in tried))
 
 
 def _base(problem: Problem, context: int, ubatch: int) -> Placement:
@@ -224,9 +256,13 @@ def _reasons(problem: Problem, placed: Placed) -> list[Reason]:
         reasons.append(
             Reason(
                 what=f"ubatch {placement.ubatch}",
-                because="experts in RAM are copied to the GPU once per ubatch of the prompt, so a large one "
-                "prefills faster",
-                numbers={"largest_tried": GPU_UBATCHES[0]},
+                because="experts in RAM are copied to the GPU once per ubatch of the prompt, and a larger "
+                "ubatch takes the room of experts on the GPU: this one makes the turn shortest",
+                numbers={
+                    "largest_tried": GPU_UBATCHES[0],
+                    "prompt": problem.options.workload.prompt,
+                    "generate": problem.options.workload.generate,
+                },
             )
         )
     if not placement.devices:

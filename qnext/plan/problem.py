@@ -10,6 +10,7 @@ from qnext.models.shape import ModelShape
 from qnext.plan.budgets import make_budgets
 from qnext.plan.options import PlanOptions
 from qnext.plan.placement import Problem
+from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import device_traits, host_traits
 from qnext.plan.values import HOST
 
@@ -32,6 +33,7 @@ def make_problem(
     vram: int | None = None,
     device_memory: Mapping[str, int] | None = None,
     rpc_servers: tuple[str, ...] = (),
+    speeds: MachineSpeeds | None = None,
 ) -> Problem:
     """The problem with the machine's free memory as budgets, or what the user names (see `make_budgets`)."""
     budgets = make_budgets(machine, ram=ram, vram=vram, device_memory=device_memory, rpc_servers=rpc_servers)
@@ -39,4 +41,4 @@ def make_problem(
     for budget in budgets:
         if budget.name != HOST:
             traits[budget.name] = device_traits(budget, free_bytes=budget.budget_bytes)
-    return Problem(header, shape, budgets, traits, options, rpc_servers=rpc_servers)
+    return Problem(header, shape, budgets, traits, options, rpc_servers=rpc_servers, speeds=speeds)

@@ -37,9 +37,19 @@ class Reason:
 class Workload:
     """What the plan is for: tokens per turn (`prompt`, `generate`) and `depth`, those already in context."""
 
-    prompt: int = 512
-    generate: int = 128
-    depth: int = 0
+    prompt: int = 1024
+    generate: int = 512
+    depth: int = 4096
+
+
+WORKLOADS = {
+    "chat": Workload(),
+    "code": Workload(prompt=4096, generate=1024, depth=12_288),
+    "documents": Workload(prompt=16_384, generate=512, depth=0),
+    "agent": Workload(prompt=2048, generate=256, depth=24_576),
+}
+"""Typical turns: a question with a page pasted in; an edit with some files; a long text and its summary; a
+tool's output and the next call. Round figures of our own; `-p -n -d` state another."""
 
 
 @dataclass(frozen=True, slots=True)
