@@ -15,12 +15,14 @@ from qnext.units import parse_size
 class Request(Wishes):
     """One request. None leaves the choice to the planner. Sizes in bytes.
 
-    `hardware` replaces this machine by a recorded one; `rpc_servers` are `host:port` of llama.cpp workers,
+    `hardware` replaces this machine by a recorded one, `what_if` changes some of its facts (see
+    `qnext.plan.what_if`); `rpc_servers` are `host:port` of llama.cpp workers,
     each sized by `device_memory`. The remaining names are llama.cpp's.
     """
 
     model: str
     hardware: str | None = None
+    what_if: str | None = None
     ram: int | None = None
     vram: int | None = None
     device_memory: Mapping[str, int] = field(default_factory=dict)

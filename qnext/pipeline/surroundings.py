@@ -27,6 +27,7 @@ from qnext.plan.problem import backend_of
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import host_traits
 from qnext.plan.values import Placement
+from qnext.plan.what_if import with_changes
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The machine as planned for. `build` is None without an engine, and for a recorded machine."""
+    """The machine as planned for. `changes` say in words how it differs from the one it was made from.
+
+    `build` is None without an engine, for a recorded machine, and where the changes add or take GPUs.
+    """
 
     machine: Machine
     this_machine: bool
@@ -45,6 +49,7 @@ class Surroundings:
     threads: int
     threads_batch: int
     warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
@@ -58,10 +63,16 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     if build is not None:
         machine = add_engine_gpus(machine, build)
     machine, warnings = _usable_gpus(machine, build, this_machine)
-    threads, threads_batch = thread_counts(machine)
     if this_machine:
-        machine = _with_bandwidth(machine, threads, paths, notice)
+        machine = _with_bandwidth(machine, thread_counts(machine)[0], paths, notice)
     repack = _repack_policy(request, machine, build, paths, notice)
+    changes: tuple[str, ...] = ()
+    if request.what_if is not None:
+        gpus, this_machine = len(machine.gpus), False
+        machine, changes = with_changes(machine, request.what_if)
+        build = build if len(machine.gpus) == gpus else None
+        warnings = (*warnings, f"planned for a changed machine: {'; '.join(changes)}")
+    threads, threads_batch = thread_counts(machine)
     return Surroundings(
         machine=machine,
         this_machine=this_machine,
@@ -71,6 +82,7 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
         threads=request.threads or threads,
         threads_batch=request.threads_batch or request.threads or threads_batch,
         warnings=warnings,
+        changes=changes,
     )
 
 
@@ -192,8 +204,8 @@ def require_this_machine(surroundings: Surroundings) -> EngineBuild:
     """The engine build to run with. Raises EngineError for a recorded machine or without an engine."""
     if not surroundings.this_machine:
         raise EngineError(
-            "a recorded machine can be planned for, not run on",
-            hint="Leave out --hardware, or use qnext plan.",
+            "a recorded or changed machine can be planned for, not run on",
+            hint="Leave out --hardware and --what-if, or use qnext plan.",
         )
     from qnext.engine.build import require_build
 
