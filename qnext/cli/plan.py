@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table
+from qnext.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnext.pipeline.comparing import FitComparison
+    from qnext.pipeline.planning import PlannedModel
+
+FORMATS = (
+    "table",
+    "json",
+    "yaml",
+    "argv",
+    "llama-server",
+    "llama-swap",
+    "systemd",
+    "docker",
+    "ollama-env",
+    "lmstudio-notes",
+)
+"""`table` is for people; the rest from `argv` on are `qnext.plan.export.TEXT_FORMATS`, written out here
+because the help must not import the planner."""
+
+_MACHINE_PANEL = "Machine"
 
 
 @takes_plan_flags
@@ -24,7 +51,27 @@ def plan(
         int,
         typer.Option("-d", "--n-depth", min=0, metavar="TOKENS", help="Conversation that went before it."),
     ] = 0,
-    json_output: Annotated[bool, typer.Option("--json", metavar="", help="Print the plan as JSON.")] = False,
+    what_if: Annotated[
+        str | None,
+        typer.Option(
+            "--what-if",
+            metavar="KEY=VALUE,…",
+            help="Change the machine: vram=24G, ram=128G, ram_bandwidth=90G, gpu_bandwidth=1000G, pcie=4x8, "
+            "cores=16, gpus=2; vram.1=24G is the second GPU's.",
+            rich_help_panel=_MACHINE_PANEL,
+        ),
+    ] = None,
+    compare_fit: Annotated[
+        bool,
+        typer.Option("--compare-fit", metavar="", help="Show llama.cpp's own --fit beside the plan."),
+    ] = False,
+    format_: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help=f"Print the plan as {', '.join(FORMATS[1:])}."),
+    ] = "table",
+    json_output: Annotated[
+        bool, typer.Option("--json", metavar="", help="The same as --format json.")
+    ] = False,
 ) -> None:
     """Show what goes where in memory, and how fast it should be. Nothing is loaded.
 
@@ -32,15 +79,97 @@ def plan(
     """
     from qnext.config import find_paths
     from qnext.pipeline.planning import plan_model, require_fit
-    from qnext.plan.plan import plan_to_dict
     from qnext.plan.values import Workload
 
+    form = _format(format_, json_output)
+    if compare_fit and form not in ("table", "json", "yaml"):
+        raise UsageError(
+            f"--format {form} holds one plan, not two", hint="Leave out --compare-fit, or use --format json."
+        )
     request = make_request(model, flags, Workload(prompt, generate, depth))
-    planned = plan_model(request, find_paths(), note)
-    if json_output:
-        print_json({"schema": "qnext.plan/1", **plan_to_dict(planned.plan)})
-    else:
-        from qnext.report.plan_view import plan_view
+    paths = find_paths()
+    planned = plan_model(replace(request, what_if=what_if), paths, note)
+    fit = None
+    if compare_fit:
+        from qnext.pipeline.comparing import compare_fit as compare
 
-        print_table(plan_view(planned.plan))
+        fit = compare(planned, paths, note)
+    if form == "table":
+        _print_tables(planned, fit)
+    elif form in ("json", "yaml"):
+        _print_document(planned, fit, form)
+    else:
+        require_fit(planned.plan)
+        _print_export(planned, form)
     require_fit(planned.plan)
+
+
+def _format(wanted: str, json_output: bool) -> str:
+    if json_output and wanted in ("table", "json"):
+        return "json"
+    if wanted not in FORMATS or json_output:
+        raise UsageError(
+            "--json and another --format" if wanted in FORMATS else f"'{wanted}' is not a value of --format",
+            hint=f"Choose one of: {', '.join(FORMATS)}.",
+        )
+    return wanted
+
+
+def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
+    from qnext.report.plan_view import plan_view
+
+    print_table(plan_view(planned.plan))
+    if fit is not None:
+        from qnext.report.fit_view import fit_view
+
+        print_table("")
+        print_table(fit_view(planned.plan, fit.plan, fit.error))
+
+
+def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str) -> None:
+    from qnext.plan.plan import plan_to_dict
+
+    document: dict[str, Any] = {"schema": "qnext.plan/1", **plan_to_dict(planned.plan)}
+    if planned.surroundings.changes:
+        document["what_if"] = list(planned.surroundings.changes)
+    if fit is not None:
+        document["fit"] = {
+            "flags": list(fit.flags),
+            "seconds": round(fit.seconds, 3),
+            "error": fit.error or None,
+            "plan": None if fit.plan is None else plan_to_dict(fit.plan),
+        }
+    if form == "json":
+        print_json(document)
+        return
+    import yaml
+
+    # Through JSON, so that both say the same: tuples become lists, numbers stay what they are.
+    plain = json.loads(json.dumps(document))
+    _print_bytes(yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=110))
+
+
+def _print_export(planned: PlannedModel, form: str) -> None:
+    from qnext.plan.export import TEXT_FORMATS, export_plan
+
+    to = next(one for one in TEXT_FORMATS if one == form)
+    server = shutil.which("llama-server")
+    exported = export_plan(
+        planned.plan,
+        to,
+        model=str(
+            Path(planned.model.path).absolute()
+        ),  # a link of the Hub's cache stays one: it has the name
+        server=str(Path(server).absolute()) if server else "llama-server",
+    )
+    _print_bytes(exported.text)
+    if not exported.commented:
+        for text in exported.notes:
+            note(text)
+
+
+def _print_bytes(text: str) -> None:
+    """UTF-8 whatever the locale: these texts are for files, and a path has to stay what it is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
