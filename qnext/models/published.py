@@ -37,9 +37,11 @@ class QuantFile:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """A repository's model files by quant, largest first. `left_out` are GGUFs that are no model to run
-    (mmproj, imatrix, draft heads, incomplete shard sets), with the reason."""
+    (mmproj, imatrix, draft heads, incomplete shard sets), with the reason. `age_s` is how long ago a
+    list that was kept had been read, None for one read now."""
 
     repo: str
     revision: str
     quants: tuple[QuantFile, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    age_s: float | None = None
