@@ -37,10 +37,7 @@ _DEVICE = re.compile(r"^ {2}(\S+): .* \((\d+) MiB, (\d+) MiB free\)\s*$", re.MUL
 
 @dataclass(frozen=True, slots=True)
 class FitAnswer:
-    """What llama-fit-params printed: `flags` as words, empty where it found no layout, and its last error.
-
-    `seconds` it took.
-    """
+    """What llama-fit-params printed: `flags` as words, empty where it found no layout (`error`)."""
 
     flags: tuple[str, ...]
     seconds: float
@@ -65,7 +62,8 @@ def find_fit_program(cache_dir: Path, environ: Mapping[str, str] | None = None) 
 def run_fit(program: Path, model: str, placement: Placement, budgets: Sequence[Budget]) -> FitAnswer:
     """Ask llama.cpp to place `model` with the context, batches and cache of `placement` inside `budgets`.
 
-    `budgets` are the host's, which it ignores, and those of the devices, which must be here. Raises
+    The program knows no `--kv-unified`: its sequences are apart, as qnext plans them. `budgets` are the
+    host's, which it ignores, and those of the devices, which must be here. Raises
     EngineError for a program that cannot be asked, UsageError for devices it does not see or a budget above
     their memory.
     """
@@ -83,7 +81,6 @@ def run_fit(program: Path, model: str, placement: Placement, budgets: Sequence[B
     argv += ["-np", str(placement.parallel), "--load-mode", placement.load_mode]
     argv += ["-t", str(placement.threads), "-tb", str(placement.threads_batch)]
     argv.append("--repack" if placement.extra_buffers else "--no-repack")
-    argv.append("--kv-unified" if placement.kv_unified else "--no-kv-unified")
     argv += [] if placement.kv_offload else ["--no-kv-offload"]
     argv += [] if placement.op_offload else ["--no-op-offload"]
     argv += ["--swa-full"] if placement.swa_full else []
@@ -92,8 +89,13 @@ def run_fit(program: Path, model: str, placement: Placement, budgets: Sequence[B
     seconds = time.monotonic() - started
     line = next((line for line in reversed(ran.stdout.splitlines()) if line.startswith("-c ")), None)
     if line is None:
-        said = [text for text in ran.stderr.splitlines() if text.strip()]
-        return FitAnswer((), seconds, said[-1] if said else f"it ended with status {ran.returncode}")
+        said = [text.strip() for text in ran.stderr.splitlines() if text.strip()]
+        if any("failed to fit" in text for text in said):
+            return FitAnswer((), seconds, "it found no layout that leaves the memory asked for free")
+        reason = said[-1] if said else f"it ended with status {ran.returncode}"
+        raise EngineError(
+            f"{PROGRAM} gave no answer: {reason}", hint="Use the one that scripts/peers builds."
+        )
     return FitAnswer(tuple(shlex.split(line, posix=False)), seconds)
 
 

@@ -28,7 +28,7 @@ def fit_view(ours: Plan, fit: Plan | None, error: str = "") -> Group:
         table.add_row(label, *cells, *(["–"] if fit is None else []))
     parts: list[RenderableType] = [Text("Beside llama.cpp's own fit", style="bold"), table]
     if fit is None:
-        parts.append(Text(f"llama.cpp found no layout: {error}", style="yellow"))
+        parts.append(Text(f"llama.cpp: {error}", style="yellow"))
     elif not fit.compute_measured:
         parts.append(Text("compute is an estimate: no dry run of the engine", style="dim"))
     parts.append(
