@@ -310,6 +310,13 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
     )
 
 
+def workload_named(name: str) -> Workload:
+    """One of WORKLOADS. Raises UsageError naming them all."""
+    from qnext.plan.values import WORKLOADS
+
+    return WORKLOADS[_one_of("--workload", name, tuple(WORKLOADS))]
+
+
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:
     if value not in choices:
         raise UsageError(

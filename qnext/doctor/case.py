@@ -16,10 +16,10 @@ from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
-from qnext.plan.options import PlanOptions, Wishes
+from qnext.plan.options import PlanOptions, RepackPolicy, Wishes
 from qnext.plan.placement import Placed, Problem
 from qnext.plan.plan import choose_placement, forecast
-from qnext.plan.problem import backend_of, make_problem
+from qnext.plan.problem import backend_of, make_problem, untried_layout
 from qnext.plan.values import HOST, Prediction
 
 _BOUNDLESS = 1 << 50
@@ -29,13 +29,18 @@ _BOUNDLESS = 1 << 50
 class Circumstances:
     """All that a model's speed depends on but the model. `backends` None stands for an engine with all.
 
-    `threads` and `threads_batch` are the user's wish, None for the usual choice.
+    The fields from `threads` to `rpc_servers` are the user's wish, None or empty for the usual choice.
     """
 
     machine: Machine
     wishes: Wishes = field(default_factory=Wishes)
     threads: int | None = None
     threads_batch: int | None = None
+    repack: RepackPolicy | None = None
+    ram: int | None = None
+    vram: int | None = None
+    device_memory: Mapping[str, int] = field(default_factory=dict)
+    rpc_servers: tuple[str, ...] = ()
     backends: tuple[str, ...] | None = None
     compiled_sets: tuple[str, ...] | None = None
 
@@ -81,6 +86,13 @@ class Case:
         return not self.now.missing
 
     @property
+    def supposes_memory(self) -> bool:
+        """Whether the RAM is unknown, so that enough of it is supposed."""
+        memory = self.machine.memory
+        known = (memory.usable_bytes, memory.available_bytes, memory.limit_bytes, memory.total_bytes)
+        return self.here.ram is None and all(size is None for size in known)
+
+    @property
     def missing(self) -> Mapping[str, int]:
         """Bytes that each device lacks for the model; empty where it fits."""
         return self.now.missing
@@ -111,14 +123,15 @@ class Case:
         gpus[position] = replace(gpus[position], **changes)  # type: ignore[arg-type]
         return replace(self.here, machine=replace(self.machine, gpus=tuple(gpus)))
 
-    def price(self, mended: Circumstances, now: Circumstances | None = None) -> Price:
-        """What it costs that things are as they are (or as in `now`) and not as in `mended`."""
+    def price(self, mended: Circumstances, now: Circumstances | None = None, supposing: str = "") -> Price:
+        """The cost of things as they are, or as in `now` (`supposing` why), against things as in `mended`."""
         before = self.now if now is None else self._forecast(now)
         after = self._forecast(mended)
         if before.missing and not after.missing:
             nothing = Prediction(None, None, "roofline")
             return _price(self.model, nothing, after.prediction, "")
-        supposing = "it fitted into memory" if before.missing else ""
+        if before.missing or self.supposes_memory:
+            supposing = "it fitted into memory"
         return _price(self.model, before.prediction, after.prediction, supposing)
 
     def _forecast(self, given: Circumstances) -> Forecast:
@@ -143,10 +156,21 @@ class Case:
             **{wish.name: getattr(given.wishes, wish.name) for wish in fields(Wishes)},
             threads=given.threads or usual,
             threads_batch=given.threads_batch or given.threads or usual_batch,
-            repack=(self.engine and self.engine.safe_layout) or "full",
+            repack=given.repack or (self.engine and self.engine.safe_layout) or untried_layout(machine),
+            repack_asked=given.repack is not None,
         )
         speeds = machine_speeds(machine, given.compiled_sets)
-        return make_problem(self.header, self.shape, machine, options, speeds=speeds)
+        return make_problem(
+            self.header,
+            self.shape,
+            machine,
+            options,
+            ram=_BOUNDLESS if self.supposes_memory else given.ram,
+            vram=given.vram,
+            device_memory=given.device_memory,
+            rpc_servers=given.rpc_servers,
+            speeds=speeds,
+        )
 
 
 def _is_usable(gpu: Gpu, given: Circumstances) -> bool:

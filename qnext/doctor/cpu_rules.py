@@ -9,7 +9,7 @@ from qnext.doctor.case import Case
 from qnext.doctor.values import Finding
 from qnext.plan.machine_speeds import thread_counts
 
-_SAVING_PROFILES = ("power", "low-power", "power-saver", "quiet")
+_SAVING_PROFILES = ("power", "low-power", "power-saver", "quiet", "cool")
 _OWN_POLICY = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
 """Scaling drivers under which `powersave` is the normal governor and the power profile decides."""
 
@@ -50,8 +50,8 @@ def _threads(case: Case) -> Iterator[Finding]:
         id="threads-all-logical",
         level="warning",
         about="cpu.usable",
-        what=f"{asked} threads are asked for, there are {cores} physical cores",
-        because="two threads of one core share its units and wait for each other at every barrier",
+        what=f"{asked} threads are asked for, {cores} physical cores can be used",
+        because="threads beyond the cores wait for each other at every barrier",
         fix=f"Leave the threads to qnext, or give -t {cores} (or unset QNEXT_THREADS).",
         price=case.price(replace(case.here, threads=cores)),
     )

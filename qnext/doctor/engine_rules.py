@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qnext.doctor.case import Case
-from qnext.doctor.values import EngineFacts, Finding
+from qnext.doctor.values import EngineFacts, Finding, Price
 from qnext.hardware.machine import Gpu
 from qnext.plan.problem import backend_of
 
@@ -15,7 +15,8 @@ _SPEED_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "dotpro
 
 
 def engine_findings(case: Case) -> Iterator[Finding]:
-    """Findings about the installed engine; none for a recorded machine."""
+    """Findings about the installed engine, which a recorded machine has none of, and about its settings."""
+    yield from _mapped(case)
     engine = case.engine
     if engine is None:
         return
@@ -26,15 +27,15 @@ def engine_findings(case: Case) -> Iterator[Finding]:
             about="engine.build",
             what="llama-cpp-python is not installed",
             because="without it nothing can be run, only planned",
-            fix=engine.rebuild.get("cpu", "pip install 'qnext[engine]'"),
+            fix=engine.rebuild,
             unpriced="nothing runs without it",
         )
     else:
         yield from _distribution(engine)
         yield from _gpus(case, engine)
+        yield from _integrated(case, engine)
         yield from _compiled(case, engine)
         yield from _layout(case, engine)
-        yield from _mapped(case)
     yield from _variables(case)
 
 
@@ -46,8 +47,7 @@ def _distribution(engine: EngineFacts) -> Iterator[Finding]:
             about="engine.build",
             what=f"{' and '.join(engine.claimants)} are both installed under the name llama_cpp",
             because="each overwrites the other's files, so which engine runs is a matter of chance",
-            fix=f"pip uninstall {' '.join(engine.claimants)}, then: "
-            f"{engine.rebuild.get('cpu', 'install one of them')}",
+            fix=f"pip uninstall {' '.join(engine.claimants)}, then: {engine.rebuild}",
             unpriced="it may run at full speed or not at all",
         )
     elif not engine.expected:
@@ -57,7 +57,7 @@ def _distribution(engine: EngineFacts) -> Iterator[Finding]:
             about="engine.build",
             what=f"the engine is {engine.build}, qnext is tested with {engine.pinned_version}",
             because="plans, probes and crash advice rest on the memory and the logs of that version",
-            fix=engine.rebuild.get("cpu", f"pip install llama-cpp-python=={engine.pinned_version}"),
+            fix=engine.rebuild,
             unpriced="not measured",
         )
 
@@ -66,6 +66,8 @@ def _gpus(case: Case, engine: EngineFacts) -> Iterator[Finding]:
     """GPUs that the engine has no backend for, by kind, and those it should drive but does not list."""
     idle = [gpu for gpu in case.machine.gpus if backend_of(gpu) not in engine.backends]
     for kind in dict.fromkeys(gpu.kind for gpu in idle):
+        if _is_no_gain(case, [gpu for gpu in idle if gpu.kind == kind]):
+            continue
         only = f"for {', '.join(_gpu_backends(engine))}" if _gpu_backends(engine) else "CPU-only"
         yield _priced_gpus(
             case,
@@ -76,7 +78,7 @@ def _gpus(case: Case, engine: EngineFacts) -> Iterator[Finding]:
                 about="engine.backends",
                 what=f"{_names(idle, kind)} is here, but this engine is built {only}",
                 because=f"it has no {kind or 'matching'} backend, so the GPU stays idle",
-                fix=engine.rebuild.get(kind or "", "Build the engine with the GPU's backend."),
+                fix=engine.rebuild,
             ),
         )
     unseen = [gpu for gpu in case.machine.gpus if gpu not in idle and gpu.index is None]
@@ -96,21 +98,46 @@ def _gpus(case: Case, engine: EngineFacts) -> Iterator[Finding]:
         )
 
 
+def _is_no_gain(case: Case, gpus: list[Gpu]) -> bool:
+    """Whether the model runs no faster with these GPUs: some old cards are slower than the CPU."""
+    price = _price_of(case, gpus)
+    return price is not None and price.decode.now is not None and price.worst >= 0
+
+
 def _priced_gpus(case: Case, gpus: list[Gpu], finding: Finding) -> Finding:
     """The finding with the price of leaving these GPUs idle, where their memory is known."""
+    price = _price_of(case, gpus)
+    return replace(finding, price=price, unpriced="" if price else "the GPU's memory is not known")
+
+
+def _price_of(case: Case, gpus: list[Gpu]) -> Price | None:
     if not all(gpu.vram_total_bytes or case.machine.unified_memory for gpu in gpus):
-        return replace(finding, unpriced="the GPU's memory is not known")
+        return None
     backends = (*(case.here.backends or ()), *map(backend_of, gpus))
     numbered = tuple(
         replace(gpu, index=position) if gpu in gpus and gpu.index is None else gpu
         for position, gpu in enumerate(case.machine.gpus)
     )
-    mended = replace(case.here, machine=replace(case.machine, gpus=numbered), backends=backends)
-    return replace(finding, price=case.price(mended))
+    return case.price(replace(case.here, machine=replace(case.machine, gpus=numbered), backends=backends))
 
 
 def _names(gpus: list[Gpu], kind: str | None) -> str:
     return " and ".join(dict.fromkeys(gpu.name or "a GPU" for gpu in gpus if gpu.kind == kind))
+
+
+def _integrated(case: Case, engine: EngineFacts) -> Iterator[Finding]:
+    note = case.machine.sources.get("gpus", "")
+    if case.machine.gpus or "processor shares the RAM" not in note or _gpu_backends(engine):
+        return
+    yield Finding(
+        id="integrated-gpu-idle",
+        level="info",
+        about="engine.backends",
+        what="the GPU in the processor is not used: this engine is built CPU-only",
+        because="it shares the RAM; large ones (Strix Halo) prefill several times faster than their CPU",
+        fix=engine.rebuild,
+        unpriced="how much memory it may take is known only to an engine built with Vulkan",
+    )
 
 
 def _gpu_backends(engine: EngineFacts) -> list[str]:
@@ -119,7 +146,9 @@ def _gpu_backends(engine: EngineFacts) -> list[str]:
 
 def _compiled(case: Case, engine: EngineFacts) -> Iterator[Finding]:
     sets, compiled = case.machine.cpu.instruction_sets, engine.compiled_sets
-    needed = sorted(set(compiled or ()) - set(sets or compiled or ()))
+    # Only Linux on x86 states every set that the engine may have been built with.
+    complete = case.machine.arch == "x86_64" and case.machine.os in (None, "linux") and sets is not None
+    needed = sorted(set(compiled or ()) - set(sets or ())) if complete else []
     if needed or engine.dies_of_instruction:
         yield Finding(
             id="engine-crashes-here",
@@ -127,7 +156,7 @@ def _compiled(case: Case, engine: EngineFacts) -> Iterator[Finding]:
             about="engine.instructions",
             what=f"the engine needs {', '.join(needed) or 'instructions'} that this CPU lacks",
             because="it was built on or for another machine, and stops at the first such instruction",
-            fix=engine.rebuild.get("cpu", "build the engine on this machine"),
+            fix=engine.rebuild,
             unpriced="it does not run at all",
         )
     if sets is None or compiled is None:
@@ -140,7 +169,7 @@ def _compiled(case: Case, engine: EngineFacts) -> Iterator[Finding]:
             about="engine.instructions",
             what=f"the engine does not use this CPU's {', '.join(lacking)}",
             because="it was built for an older or a generic CPU",
-            fix=engine.rebuild.get("cpu", "build the engine on this machine"),
+            fix=engine.rebuild,
             price=case.price(replace(case.here, compiled_sets=None)),
         )
 
@@ -173,8 +202,9 @@ def _mapped(case: Case) -> Iterator[Finding]:
         level="warning",
         about="engine.layout",
         what="the file is mapped while experts are placed by hand",
-        because="mapped experts are not in pinned memory, so copies to the GPU are slower, and repacked ones "
-        "are in RAM twice",
+        because="mapped experts are not in pinned memory, so copies to the GPU are slower"
+        if placement.devices
+        else "repacked experts are then in RAM twice: in the mapped file and in their own buffer",
         fix="Use --load-mode none, qnext's default (llama-server: --no-mmap).",
         price=case.price(replace(case.here, wishes=replace(wishes, load_mode="none"))),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qnext.doctor.case import Case
-from qnext.doctor.values import Finding
+from qnext.doctor.values import Finding, Level
 from qnext.hardware.machine import Gpu
 from qnext.plan.machine_speeds import COPIED_SHARE, pcie_rate
 from qnext.units import GIB, format_bytes
@@ -13,6 +13,9 @@ from qnext.units import GIB, format_bytes
 HELD_SHARE = 0.1
 """VRAM in use from this share of the card on is worth a word; a desktop's own use lies below it."""
 _ORDINARY_VRAM_SHARE = 0.97
+_LISTERS = {"cuda": "nvidia-smi", "rocm": "rocm-smi --showpids"}
+_ORDINARY_REASONS = ("power cap", "sync boost", "display clocks")
+"""Any card at work is at its power limit; the others are settings."""
 SLOW_COPY_SHARE = 0.5
 """A measured copy below this share of the link's rate is slow: 0.8 is usual."""
 
@@ -42,20 +45,17 @@ def _link(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
         h2d_pinned_bps=round(best * COPIED_SHARE) if gpu.h2d_pinned_bps else None,
     )
     if now < best:
-        slot = _slot_words(gpu, generation, width)
         measured = "under load" if gpu.pcie_gen_loaded else "at most"
+        level, why, fix = _remedy(gpu, generation, width, best_width)
         yield Finding(
             id="gpu-link",
-            level="warning",
+            level=level,
             about=f"gpus.{position}.link",
             what=f"{_name(gpu)} runs on PCIe {generation}.0 x{width} {measured}, it can do "
             f"{best_generation}.0 x{best_width}",
             because=f"a prompt copies the experts in RAM over this link once per ubatch: {now / 1e9:.0f} "
-            f"instead of {best / 1e9:.0f} GB/s{slot}",
-            fix="Use a slot with more lanes, if the board has one: two cards often share sixteen."
-            if slot
-            else "Move the card to the slot nearest the CPU, check riser cables, and set the slot's speed to "
-            "Auto in the firmware's setup.",
+            f"instead of {best / 1e9:.0f} GB/s{why}",
+            fix=fix,
             price=case.price(mended),
         )
     elif gpu.h2d_pinned_bps and gpu.h2d_pinned_bps < SLOW_COPY_SHARE * now:
@@ -71,12 +71,19 @@ def _link(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
         )
 
 
-def _slot_words(gpu: Gpu, generation: int, width: int) -> str:
-    if gpu.pcie_width_slot_max and gpu.pcie_width_slot_max <= width:
-        return f"; the slot has {gpu.pcie_width_slot_max} lanes"
-    if gpu.pcie_gen_slot_max and gpu.pcie_gen_slot_max <= generation:
-        return f"; the slot is of generation {gpu.pcie_gen_slot_max}"
-    return ""
+def _remedy(gpu: Gpu, generation: int, width: int, best_width: int) -> tuple[Level, str, str]:
+    """(level, what holds the link down, what to do) where lanes or generation are fewer than the card has."""
+    if width < best_width:
+        if gpu.pcie_width_slot_max and gpu.pcie_width_slot_max <= width:
+            fix = "Use a slot with more lanes, if the board has one: two cards often share sixteen."
+            return "warning", f"; the slot has {gpu.pcie_width_slot_max} lanes", fix
+    elif gpu.pcie_gen_slot_max and gpu.pcie_gen_slot_max <= generation:
+        why = f"; the board is of generation {gpu.pcie_gen_slot_max}"
+        return "info", why, "Nothing to do on this board: it knows no faster generation."
+    fix = (
+        "Move the card to the slot nearest the CPU, check riser cables, and set the slot's speed to Auto in "
+    )
+    return "warning", "", fix + "the firmware's setup."
 
 
 def _held(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
@@ -93,7 +100,8 @@ def _held(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
         about=f"gpus.{position}.memory",
         what=f"{format_bytes(held)} of {_name(gpu)} are held {who}",
         because="each layer's experts that do not fit on the GPU are read from RAM for every token",
-        fix="Close them (nvidia-smi lists them), or run the desktop on another GPU.",
+        fix=f"Close them ({_LISTERS.get(gpu.kind or '', 'nvtop')} lists them), or run the desktop on another "
+        "GPU.",
         price=case.price(
             case.with_gpu(position, vram_free_bytes=min(round(total * _ORDINARY_VRAM_SHARE), free + held))
         ),
@@ -109,15 +117,18 @@ def _power(case: Case, position: int, gpu: Gpu) -> Iterator[Finding]:
             about=f"gpus.{position}.power",
             what=f"{_name(gpu)} is limited to {limit} W of {usual}",
             because="under the limit it lowers its clocks, which slows prefill; decode waits for memory",
-            fix=f"sudo nvidia-smi -pl {usual}" if gpu.kind == "cuda" else f"Raise the limit to {usual} W.",
+            fix=f"sudo nvidia-smi -i {gpu.pci_bus_id or position} -pl {usual}"
+            if gpu.kind == "cuda"
+            else f"Raise the limit to {usual} W.",
             price=case.price(case.with_gpu(position, power_limit_w=usual)),
         )
-    if gpu.throttle_reasons:
+    faults = [reason for reason in gpu.throttle_reasons or () if reason not in _ORDINARY_REASONS]
+    if faults:
         yield Finding(
             id="gpu-throttled",
             level="warning",
             about=f"gpus.{position}.power",
-            what=f"{_name(gpu)} holds its clocks down: {', '.join(gpu.throttle_reasons)}",
+            what=f"{_name(gpu)} holds its clocks down: {', '.join(faults)}",
             because="the driver says so at this moment",
             fix="Look after cooling and power supply; then look again under load.",
             unpriced="it depends on how long it lasts; qnext bench run shows it",

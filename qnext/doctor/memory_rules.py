@@ -7,19 +7,22 @@ from dataclasses import replace
 
 from qnext.doctor.case import Case
 from qnext.doctor.values import Finding
-from qnext.plan.machine_speeds import RATED_SHARE
-from qnext.plan.speed import FALLBACK_RAM_BPS
+from qnext.plan.machine_speeds import RATED_SHARE, thread_counts
+from qnext.plan.speed import CORE_READ_BPS, FALLBACK_RAM_BPS
 from qnext.plan.values import HOST
 from qnext.units import GIB, MIB, format_bytes
 
-SLOW_SHARE = 0.6
-"""Below this share of its rating memory is slow: a read loop on a healthy desktop reaches about 0.8."""
+SLOW_SHARE = 0.5
+"""Below this share of what it should read memory is slow: a read loop on a healthy desktop reaches about 0.8
+of the rating, a processor of one chiplet some 0.6."""
 SWAP_IN_USE_BYTES = 512 * MIB
-_NUMA_SPREAD = ("interleave", "weighted interleave")
+_NUMA_NEAREST = (None, "default", "local")
+"""Policies that put a page on the node of the thread that first writes it; others were chosen by someone."""
 
 
 def memory_findings(case: Case) -> Iterator[Finding]:
     """Findings about RAM, each priced where the speed model knows of it."""
+    yield from _unknown(case)
     yield from _size(case)
     yield from _channels(case)
     yield from _profile(case)
@@ -29,6 +32,20 @@ def memory_findings(case: Case) -> Iterator[Finding]:
     yield from _numa(case)
     yield from _locked(case)
     yield from _huge_pages(case)
+
+
+def _unknown(case: Case) -> Iterator[Finding]:
+    if not case.supposes_memory:
+        return
+    yield Finding(
+        id="memory-unknown",
+        level="warning",
+        about="memory.size",
+        what="how much RAM there is could not be read",
+        because="nothing can be planned without it",
+        fix="Say how much may be used: --ram 32G.",
+        unpriced="prices are for a machine with enough of it",
+    )
 
 
 def _size(case: Case) -> Iterator[Finding]:
@@ -43,7 +60,9 @@ def _size(case: Case) -> Iterator[Finding]:
         what=f"too little RAM for {case.model}: {format_bytes(missing)} missing",
         because=f"{format_bytes(memory.usable_bytes)} can be used of {format_bytes(memory.total_bytes)}; the "
         f"model needs {format_bytes((memory.usable_bytes or 0) + missing)} beside what its GPUs hold",
-        fix=f"Use {case.would_fit}; or add RAM." if case.would_fit else "Take a smaller model, or add RAM.",
+        fix=f"Use {case.would_fit}; or add RAM."
+        if case.would_fit and "smaller than any" not in case.would_fit
+        else "Take a smaller model, or add RAM.",
         unpriced="it does not run at all",
     )
 
@@ -77,7 +96,8 @@ def _profile(case: Case) -> Iterator[Finding]:
         about="memory.modules",
         what=f"memory runs at {now} MT/s, its modules are made for {rated}",
         because="the faster setting is a memory profile (XMP or EXPO) that the firmware has to switch on",
-        fix="Switch on XMP or EXPO in the firmware's setup, then test the memory.",
+        fix="Switch on XMP or EXPO in the firmware's setup, then test the memory. Servers, laptops and "
+        "boards with four modules may be held to the lower speed by the CPU.",
         price=case.price(case.with_memory(**_times(case, rated / now))),
     )
 
@@ -85,7 +105,10 @@ def _profile(case: Case) -> Iterator[Finding]:
 def _slow(case: Case) -> Iterator[Finding]:
     memory = case.machine.memory
     measured, rated = memory.measured_bandwidth_bps, memory.rated_bandwidth_bps
-    if not measured or not rated or measured >= SLOW_SHARE * rated:
+    if not measured or not rated or case.machine.unified_memory:
+        return  # a common memory is rated for the GPU, of which the CPU draws a part
+    reachable = min(rated, thread_counts(case.machine)[0] * CORE_READ_BPS)
+    if measured >= SLOW_SHARE * reachable:
         return
     yield Finding(
         id="memory-slow",
@@ -105,7 +128,7 @@ def _limit(case: Case) -> Iterator[Finding]:
     if not limit or not total or limit >= total:
         return
     where = case.machine.sources.get("memory.limit_bytes", "")
-    freed = min(total, (memory.usable_bytes or limit) + total - limit)
+    freed = total if memory.available_bytes is None else memory.available_bytes
     yield Finding(
         id="memory-limit",
         level="info" if case.fits else "warning",
@@ -122,11 +145,11 @@ def _swap(case: Case) -> Iterator[Finding]:
     if memory.swap_total_bytes is None or memory.swap_free_bytes is None:
         return
     used = memory.swap_total_bytes - memory.swap_free_bytes
-    if used < SWAP_IN_USE_BYTES:
-        return
+    if used < SWAP_IN_USE_BYTES or case.machine.os not in (None, "linux"):
+        return  # macOS and Windows move idle pages to swap in good times too
     yield Finding(
         id="swap-in-use",
-        level="warning",
+        level="info" if case.fits else "warning",
         about="memory.swap",
         what=f"{format_bytes(used)} of swap are in use",
         because="a page that comes back from swap takes a thousand times as long as one from RAM, and "
@@ -138,8 +161,8 @@ def _swap(case: Case) -> Iterator[Finding]:
 
 def _numa(case: Case) -> Iterator[Finding]:
     memory = case.machine.memory
-    nodes = memory.numa_nodes or ()
-    if len(nodes) < 2 or memory.numa_policy in _NUMA_SPREAD:
+    nodes = [node for node in memory.numa_nodes or () if node.logical_cores != 0]
+    if len(nodes) < 2 or memory.numa_policy not in _NUMA_NEAREST:
         return
     here = [node.measured_bandwidth_bps for node in nodes if node.measured_bandwidth_bps]
     whole = memory.measured_bandwidth_bps or round((memory.rated_bandwidth_bps or 0) * RATED_SHARE)
@@ -157,25 +180,31 @@ def _numa(case: Case) -> Iterator[Finding]:
     if not one or not whole:
         yield finding
         return
-    price = case.price(case.here, now=case.with_memory(measured_bandwidth_bps=one))
+    price = case.price(
+        case.here,
+        now=case.with_memory(measured_bandwidth_bps=one),
+        supposing="all of the model lies on one node",
+    )
     yield replace(finding, price=price, unpriced="")
 
 
 def _locked(case: Case) -> Iterator[Finding]:
+    """Only for GPUs whose driver counts pinned memory against the limit: ROCm's and Vulkan's."""
     limit = case.machine.memory.locked_limit_bytes
-    host = case.now.placed.memory.devices[0].weights_bytes
-    if limit is None or limit >= host or not case.machine.gpus or case.machine.unified_memory:
+    placed = case.now.placed
+    host = placed.memory.devices[0].weights_bytes
+    pins = any(not name.startswith(("CUDA", "MTL")) for name in placed.placement.devices)
+    if limit is None or limit >= host or not pins or case.machine.unified_memory:
         return
     unpinned = replace(case.here, wishes=replace(case.here.wishes, load_mode="mmap"))
     yield Finding(
         id="locked-memory",
         level="info",
         about="memory.locking",
-        what=f"only {format_bytes(limit)} may be locked, the experts in RAM take {format_bytes(host)}",
-        because="copies to the GPU are fastest from locked (pinned) memory; NVIDIA's driver ignores this "
-        "limit, ROCm, Vulkan and --load-mode mlock do not",
+        what=f"only {format_bytes(limit)} may be locked, the weights in RAM take {format_bytes(host)}",
+        because="copies to the GPU are fastest from locked (pinned) memory",
         fix="Raise it: ulimit -l unlimited, or LimitMEMLOCK=infinity in the service.",
-        price=case.price(case.here, now=unpinned),
+        price=case.price(case.here, now=unpinned, supposing="the driver then refuses to pin"),
     )
 
 
@@ -192,20 +221,16 @@ def _huge_pages(case: Case) -> Iterator[Finding]:
             fix="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
             unpriced="no published figure for it that could be checked here; a few per cent at most",
         )
-    reserved = memory.hugepages_total_bytes or 0
-    if reserved >= GIB:
+    free = memory.hugepages_free_bytes or 0
+    if free >= GIB:
         yield Finding(
             id="huge-pages-reserved",
             level="info",
             about="memory.pages",
-            what=f"{format_bytes(reserved)} of RAM are set aside as huge pages",
+            what=f"{format_bytes(free)} of RAM are set aside as huge pages and not in use",
             because="the engine does not use them, and nothing else can",
-            fix="sudo sysctl vm.nr_hugepages=0",
-            price=case.price(
-                case.with_memory(
-                    usable_bytes=(memory.usable_bytes or 0) + (memory.hugepages_free_bytes or reserved)
-                )
-            ),
+            fix="sudo sysctl vm.nr_hugepages=0, unless a program to be started needs them.",
+            price=case.price(case.with_memory(usable_bytes=(memory.usable_bytes or 0) + free)),
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qnext.plan.options import RepackPolicy
@@ -23,8 +22,8 @@ class EngineFacts:
     `claimants` are the distributions that provide the import name `llama_cpp`; `backends` are those compiled
     in; `compiled_sets` the instruction sets of its CPU code, None when it was not asked, and
     `dies_of_instruction` whether it died when it was. `safe_layout` is the
-    probed weight layout, None when not probed. `rebuild` maps a kind of GPU, or `cpu`, to the command that
-    builds the engine for it.
+    probed weight layout, None when not probed. `rebuild` is the command that builds the tested engine for
+    this CPU and all of its GPUs.
     """
 
     build: str | None = None
@@ -35,7 +34,7 @@ class EngineFacts:
     compiled_sets: tuple[str, ...] | None = None
     dies_of_instruction: bool = False
     safe_layout: RepackPolicy | None = None
-    rebuild: Mapping[str, str] = field(default_factory=dict)
+    rebuild: str = "Build the engine on this machine."
 
 
 @dataclass(frozen=True, slots=True)

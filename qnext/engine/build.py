@@ -159,14 +159,19 @@ _SWITCHES = {
 """CMake switches by kind of GPU, from llama.cpp's docs/build.md."""
 
 
-def rebuild_command(kind: str = "cpu", environ: Mapping[str, str] | None = None) -> str:
-    """The shell command that compiles the pinned engine for this CPU and, unless `cpu`, for GPUs of `kind`.
+GPU_KINDS = tuple(_SWITCHES)
+"""Kinds of GPU that the engine can be built for."""
+
+
+def rebuild_command(*kinds: str, installed: bool = True, environ: Mapping[str, str] | None = None) -> str:
+    """The shell command that compiles the pinned engine for this CPU and for GPUs of all these kinds.
 
     In the private environment of a checkout that is the set-up behind `./scripts/qnext`, which always adds
-    RPC; elsewhere pip, of the Python that qnext runs in. CMAKE_ARGS that are set are kept, ours come last.
+    RPC; elsewhere pip, of the Python that qnext runs in; what it depends on stays as it is where the engine
+    is `installed` already. CMAKE_ARGS that are set are kept, ours come last.
     """
     environ = os.environ if environ is None else environ
-    switches = [_SWITCHES[kind]] if kind in _SWITCHES else []
+    switches = [_SWITCHES[kind] for kind in dict.fromkeys(kinds) if kind in _SWITCHES]
     checkout = _is_checkout()
     if not checkout:
         switches.append("-DGGML_RPC=on")
@@ -175,8 +180,9 @@ def rebuild_command(kind: str = "cpu", environ: Mapping[str, str] | None = None)
     arguments = f'CMAKE_ARGS="{" ".join(switches)}" ' if switches else ""
     if checkout:
         return f"{arguments}QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version"
+    again = "--force-reinstall --no-deps " if installed else ""
     return (
-        f"{arguments}{_pip()} install --force-reinstall --no-deps --no-cache-dir "
+        f"{arguments}{_pip()} install {again}--no-cache-dir "
         f"--no-binary {DISTRIBUTION} {DISTRIBUTION}=={PINNED_VERSION}"
     )
 

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,19 +77,6 @@ def parse_system_info(text: str) -> tuple[str, ...] | None:
         return None
     on = {name for name, value in re.findall(r"(\w+) = (\d+)", part[1]) if value != "0"}
     return tuple(sorted(_NAMES[name] for name in on & _NAMES.keys()))
-
-
-def missing_sets(cpu_sets: Iterable[str], compiled: Iterable[str]) -> tuple[str, ...]:
-    """What this CPU has and llama.cpp has kernels for, but the build lacks: it runs slower than it could.
-
-    A build without AMX may be meant so: AMX can crash (see `qnext.engine.probe`).
-    """
-    return tuple(sorted((frozenset(cpu_sets) & REPORTED) - frozenset(compiled)))
-
-
-def unsupported_sets(cpu_sets: Iterable[str], compiled: Iterable[str]) -> tuple[str, ...]:
-    """What the build uses and this CPU lacks: sooner or later it dies of an illegal instruction."""
-    return tuple(sorted(frozenset(compiled) - frozenset(cpu_sets)))
 
 
 def _ask_engine() -> CompiledSets:

@@ -102,10 +102,7 @@ def save_profile(machine: Machine, name: str, folder: Path, *, force: bool = Fal
 
     from qnext.hardware.redact import redact_machine
 
-    _check_name(name)
-    path = folder / f"{name}.yaml"
-    if path.exists() and not force:
-        raise UsageError(f"there is a profile '{name}' already: {path}", hint="Add --force to replace it.")
+    path = path_for(name, folder, force=force)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
@@ -121,6 +118,15 @@ def save_profile(machine: Machine, name: str, folder: Path, *, force: bool = Fal
             f"{path} cannot be written: {error.strerror}.",
             hint="Free the disk or correct the folder's rights.",
         ) from error
+    return path
+
+
+def path_for(name: str, folder: Path, *, force: bool = False) -> Path:
+    """The file that a profile called `name` would be kept in. Raises UsageError as `save_profile` does."""
+    _check_name(name)
+    path = folder / f"{name}.yaml"
+    if path.exists() and not force:
+        raise UsageError(f"there is a profile '{name}' already: {path}", hint="Add --force to replace it.")
     return path
 
 

@@ -20,6 +20,7 @@ from qnext.doctor.values import EngineFacts, Finding, Variable, finding_to_dict
 from qnext.doctor.words import price_text
 from qnext.engine.build import (
     DISTRIBUTION,
+    GPU_KINDS,
     PINNED_VERSION,
     Installation,
     inspect_installation,
@@ -30,7 +31,7 @@ from qnext.engine.environment import Inherited, inherited
 from qnext.engine.instructions import CompiledSets, compiled_sets, instructions_entry
 from qnext.engine.others import OtherEngine, find_other_engines
 from qnext.engine.probe import known_policy
-from qnext.errors import QnextError
+from qnext.errors import QnextError, UsageError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint, machine_to_dict
 from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader
@@ -106,6 +107,8 @@ def examine_machine(
     `named`: the user chose the model, so that not being able to run it is an error. `full` measures; `show`
     is called with its progress. Raises ModelError or UsageError for a model that cannot be read.
     """
+    if full and request.hardware:
+        raise UsageError("--full measures this machine, not a recorded one", hint="Leave out --hardware.")
     label, header, on_disk = _model(request.model, paths)
     machine, engine = _recorded(request, paths) if request.hardware else _here(_model_folder(header), paths)
     if full and engine is not None:
@@ -116,7 +119,7 @@ def examine_machine(
             machine, build, _model_folder(header), paths, notice, show or (lambda share, what: None)
         )
         engine = replace(engine, safe_layout=layout or engine.safe_layout)
-    facts = _facts(engine)
+    facts = _facts(engine, machine)
     wishes = {wish.name: getattr(request, wish.name) for wish in fields(Wishes)}
     case = Case(
         here=Circumstances(
@@ -124,6 +127,11 @@ def examine_machine(
             wishes=Wishes(**wishes),
             threads=request.threads,
             threads_batch=request.threads_batch,
+            repack=request.repack,
+            ram=request.ram,
+            vram=request.vram,
+            device_memory=request.device_memory,
+            rpc_servers=request.rpc_servers,
             backends=facts.backends if facts and facts.build else None,
             compiled_sets=facts.compiled_sets if facts else None,
         ),
@@ -136,6 +144,8 @@ def examine_machine(
         on_disk=on_disk,
     )
     models = _known_models(case) if engine is not None else ()
+    if not case.on_disk:
+        case = replace(case, on_disk=any(_is_it(model.cached, request.model) for model in models))
     return Examination(case, examine(case), engine, models)
 
 
@@ -145,6 +155,7 @@ def examination_to_dict(found: Examination) -> dict[str, Any]:
     return {
         "schema": "qnext.doctor/1",
         "model": found.case.model,
+        "workload": asdict(found.case.here.wishes.workload),
         "machine": machine_to_dict(found.machine),
         "engine": _engine_to_dict(engine) if engine is not None else None,
         "models": [_model_to_dict(model) for model in found.models],
@@ -194,42 +205,60 @@ def _model_folder(header: ModelHeader) -> Path:
     return header.paths[0].parent if header.paths else hub_folder(os.environ)
 
 
-def _facts(engine: EngineState | None) -> EngineFacts | None:
+def _facts(engine: EngineState | None, machine: Machine) -> EngineFacts | None:
     if engine is None:
         return None
-    rebuild = {kind: _rebuild(kind) for kind in ("cpu", "cuda", "rocm", "vulkan", "metal", "sycl")}
     found = engine.installation
     if found is None:
-        return EngineFacts(pinned_version=PINNED_VERSION, rebuild=rebuild)
-    build = f"{found.build.name} {found.build.version}"
+        return EngineFacts(
+            pinned_version=f"{DISTRIBUTION} {PINNED_VERSION}", rebuild=_build_command(machine, None)
+        )
+    name = f"{found.build.name} {found.build.version}"
     return EngineFacts(
-        build=f"{build} (a fork)" if found.fork else build,
+        build=f"{name} (a fork)" if found.fork else name,
         expected=found.pinned,
         pinned_version=f"{DISTRIBUTION} {PINNED_VERSION}",
-        claimants=(build, *found.rivals),
+        claimants=(found.build.name, *(rival.split()[0] for rival in found.rivals)),
         backends=found.build.backends,
         compiled_sets=engine.compiled.sets,
         dies_of_instruction=engine.compiled.illegal,
         safe_layout=engine.safe_layout,
-        rebuild=rebuild,
+        rebuild=_build_command(machine, found),
     )
 
 
-def _rebuild(kind: str) -> str:
-    missing = missing_prerequisites(kind)
-    command = rebuild_command(kind)
-    return f"{command}  (first install {' and '.join(missing)})" if missing else command
+def _build_command(machine: Machine, found: Installation | None) -> str:
+    """The command that builds the engine for every GPU that is here, and what it needs first."""
+    built = found.build.backends if found else ()
+    kinds = [gpu.kind for gpu in machine.gpus if gpu.kind] + [kind for kind in GPU_KINDS if kind in built]
+    if "processor shares the RAM" in machine.sources.get("gpus", ""):
+        kinds.append("vulkan")
+    kinds = list(dict.fromkeys(kinds))
+    missing = [need for kind in kinds or ["cpu"] for need in missing_prerequisites(kind)]
+    command = rebuild_command(*kinds, installed=found is not None)
+    return f"{command}  (first install {' and '.join(dict.fromkeys(missing))})" if missing else command
 
 
 def _variables(engine: EngineState | None) -> tuple[Variable, ...]:
+    """Those that change an engine. Where models are kept does not, nor do threads that the plan sets."""
     found = engine.variables if engine else ()
-    return tuple(Variable(one.name, one.effect, one.reaches_engine) for one in found)
+    return tuple(
+        Variable(one.name, one.effect, one.reaches_engine and not one.name.startswith("OMP_NUM"))
+        for one in found
+        if not one.name.startswith(("HF_", "HUGGINGFACE_"))
+    )
 
 
 def _known_models(case: Case) -> tuple[KnownModel, ...]:
     cached = find_cached().models
     until = time.monotonic() + LOOK_AT_MODELS_S
     return tuple(_look_at(model, case, until) for model in cached)
+
+
+def _is_it(cached: CachedModel, ref: str) -> bool:
+    """Whether a file on this disk is what a shape's name with a quant stands for."""
+    name, _, quant = ref.lower().partition(":")
+    return cached.complete and name in (cached.repo or "").lower() and quant == (cached.quant or "").lower()
 
 
 def _look_at(model: CachedModel, case: Case, until: float) -> KnownModel:

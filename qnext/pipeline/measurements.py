@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ _DISK = ("read_bps",)
 def recall_measurements(machine: Machine, paths: Paths) -> Machine:
     """`machine` with what was measured here before, where it has nothing of its own.
 
-    A file that cannot be read counts as nothing measured. Sources say when it was.
+    Only while what was measured is still the same: memory at another speed, a card in another slot, a folder
+    on another disk have to be measured again. A file that cannot be read counts as nothing measured.
     """
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -48,11 +51,15 @@ def remember_measurements(machine: Machine, paths: Paths) -> None:
     Not being able to write costs only the next measurement.
     """
     machine = recall_measurements(machine, paths)
-    content = {
-        path: {"value": value, "source": machine.sources.get(path, "measured")}
-        for path, value in _measured(machine)
-        if value is not None
-    }
+    today = date.today().isoformat()
+    content: dict[str, dict[str, Any]] = {}
+    for part, key, facts in _measured(machine):
+        kept = {}
+        for path, value in facts.items():
+            if value is not None:
+                source = machine.sources.get(path, "measured")
+                kept[path] = [value, source if _DATED.search(source) else f"{source}, on {today}"]
+        content[part] = {"key": key, "facts": kept}
     with contextlib.suppress(OSError):
         write_atomically(_entry(machine, paths), json.dumps(content))
 
@@ -61,25 +68,33 @@ def _entry(machine: Machine, paths: Paths) -> Path:
     return paths.probes_dir / f"measured-{machine_fingerprint(machine)}.json"
 
 
-def _measured(machine: Machine) -> Iterator[tuple[str, object]]:
-    for name in _MEMORY:
-        yield f"memory.{name}", getattr(machine.memory, name)
-    for position, node in enumerate(machine.memory.numa_nodes or ()):
-        yield f"memory.numa_nodes.{position}.measured_bandwidth_bps", node.measured_bandwidth_bps
-    for name in _DISK:
-        yield f"disk.{name}", getattr(machine.disk, name)
+_DATED = re.compile(r", on \d{4}-\d\d-\d\d$")
+
+
+def _measured(machine: Machine) -> Iterator[tuple[str, Sequence[object], dict[str, object]]]:
+    """(part, what it must still be for its figures to count, its measured facts by path)."""
+    memory, disk = machine.memory, machine.disk
+    facts = {f"memory.{name}": getattr(memory, name) for name in _MEMORY}
+    for position, node in enumerate(memory.numa_nodes or ()):
+        facts[f"memory.numa_nodes.{position}.measured_bandwidth_bps"] = node.measured_bandwidth_bps
+    yield "memory", [memory.channels, memory.speed_mtps, memory.modules, memory.numa_policy], facts
+    yield "disk", [disk.filesystem, disk.total_bytes], {f"disk.{name}": getattr(disk, name) for name in _DISK}
     for position, gpu in enumerate(machine.gpus):
-        for name in _GPU:
-            yield f"gpus.{position}.{name}", getattr(gpu, name)
+        slot = [gpu.pci_bus_id, gpu.pcie_gen_slot_max, gpu.pcie_width_slot_max, gpu.pcie_width_max]
+        yield f"gpu {position}", slot, {f"gpus.{position}.{name}": getattr(gpu, name) for name in _GPU}
 
 
 def _filled(machine: Machine, known: dict[str, Any]) -> Machine:
-    missing = {path for path, value in _measured(machine) if value is None}
-    found = {
-        path: (_tuples(entry["value"]), str(entry["source"]))
-        for path, entry in known.items()
-        if path in missing and isinstance(entry, dict) and {"value", "source"} <= entry.keys()
-    }
+    found: dict[str, tuple[Any, str]] = {}
+    for part, key, facts in _measured(machine):
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            if known[part]["key"] == key:
+                remembered = known[part]["facts"]
+                found |= {
+                    path: (_tuples(remembered[path][0]), str(remembered[path][1]))
+                    for path, value in facts.items()
+                    if value is None and path in remembered
+                }
 
     def chosen(prefix: str) -> dict[str, Any]:
         return {

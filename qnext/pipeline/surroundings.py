@@ -23,7 +23,7 @@ from qnext.pipeline.request import Request
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
-from qnext.plan.problem import backend_of
+from qnext.plan.problem import backend_of, untried_layout
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import host_traits
 from qnext.plan.values import Placement
@@ -117,8 +117,7 @@ def _repack_policy(
     if request.repack is not None:
         return request.repack
     probed = probe_layout(machine, build, paths, notice) if build is not None else None
-    has_amx = "amx_int8" in (machine.cpu.instruction_sets or ())
-    return probed or ("experts" if has_amx else "full")
+    return probed or untried_layout(machine)
 
 
 def probe_layout(machine: Machine, build: EngineBuild, paths: Paths, notice: Notice) -> RepackPolicy | None:

@@ -65,6 +65,6 @@ def pcie_rate(generation: int, width: int) -> int:
 
 
 def _power_share(gpu: Gpu) -> float:
-    """Power limit over the card's default; above it counts as 1."""
+    """What of its usual clock a card keeps under its power limit: power grows with the cube of the clock."""
     limit, usual = gpu.power_limit_w, gpu.power_default_w
-    return min(1.0, limit / usual) if limit and usual else 1.0
+    return min(1.0, (limit / usual) ** (1 / 3)) if limit and usual else 1.0

@@ -8,7 +8,7 @@ from qnext.hardware.machine import Gpu, Machine
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.budgets import make_budgets
-from qnext.plan.options import PlanOptions
+from qnext.plan.options import PlanOptions, RepackPolicy
 from qnext.plan.placement import Problem
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import device_traits, host_traits
@@ -21,6 +21,11 @@ _BACKEND_OF = {"rocm": "hip"}
 def backend_of(gpu: Gpu) -> str:
     """The engine's backend library that drives a GPU (`cuda`, `hip`, `vulkan`); empty when not known."""
     return _BACKEND_OF.get(gpu.kind or "", gpu.kind or "")
+
+
+def untried_layout(machine: Machine) -> RepackPolicy:
+    """The weight layout for a CPU on which none could be tried: AMX counts as a risk."""
+    return "experts" if "amx_int8" in (machine.cpu.instruction_sets or ()) else "full"
 
 
 def make_problem(

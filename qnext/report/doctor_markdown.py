@@ -9,7 +9,7 @@ from qnext import __version__
 from qnext.doctor.words import price_text
 from qnext.hardware.redact import redact_text
 from qnext.pipeline.doctoring import Examination
-from qnext.report.doctor_view import sections_of, summary
+from qnext.report.doctor_view import priced_for, sections_of, summary
 from qnext.report.machine_words import headline
 
 _SPECIAL = re.compile(r"([\\`*_|<>\[\]])")
@@ -23,7 +23,7 @@ def doctor_markdown(found: Examination) -> str:
 def _lines(found: Examination) -> Iterator[str]:
     yield f"<details><summary>qnext {__version__} doctor: {_plain(headline(found.machine))}</summary>"
     yield ""
-    yield f"{summary(found.findings)}; prices are for {_plain(found.case.model)}"
+    yield f"{summary(found.findings)}; prices are for {_plain(priced_for(found))}"
     yield ""
     for finding in found.findings:
         yield f"- **{finding.level}** `{finding.id}` {_plain(finding.what)}: {_plain(price_text(finding))}"

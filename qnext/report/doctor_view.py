@@ -10,7 +10,7 @@ from qnext.doctor.words import price_text
 from qnext.pipeline.doctoring import Examination
 from qnext.report.engine_words import engine_section, model_section
 from qnext.report.machine_words import Row, Section, headline, machine_sections
-from qnext.report.words import plural
+from qnext.report.words import plural, workload_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +28,7 @@ def doctor_view(found: Examination) -> RenderableType:
     findings = found.findings
     parts: list[RenderableType] = [
         Text(headline(found.machine), style="bold"),
-        Text(f"{summary(findings)}; prices are for {found.case.model}"),
+        Text(f"{summary(findings)}; prices are for {priced_for(found)}"),
     ]
     for section in sorted(sections_of(found), key=lambda one: min(_rank(row, findings) for row in one.rows)):
         parts += [Text(), Text(section.title, style="bold")]
@@ -43,6 +43,11 @@ def sections_of(found: Examination) -> list[Section]:
     if found.engine is not None:
         sections += [engine_section(found.engine, found.case), model_section(found.models)]
     return sections
+
+
+def priced_for(found: Examination) -> str:
+    """The model and the workload that prices are for."""
+    return f"{found.case.model}, {workload_words(found.case.here.wishes.workload)}"
 
 
 def summary(findings: Sequence[Finding]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from qnext.plan.values import SpeedRange
+from qnext.plan.values import SpeedRange, Workload
 
 MEMORY_PARTS = (
     ("weights", "weights_bytes"),
@@ -38,6 +38,12 @@ def forecast(tps: SpeedRange | None) -> str:
     if tps is None:
         return "no forecast"
     return f"{digits(tps.mid)} t/s ({digits(tps.low)}–{digits(tps.high)})"
+
+
+def workload_words(workload: Workload) -> str:
+    """`a prompt of 1,024 and an answer of 512 tokens after 4,096`."""
+    after = f" after {workload.depth:,}" if workload.depth else ""
+    return f"a prompt of {workload.prompt:,} and an answer of {workload.generate:,} tokens{after}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -12,7 +12,7 @@ from qnext.hardware import machine_from_dict
 from qnext.hardware.machine import facts
 from tests.conftest import Qnext
 
-DOCUMENT = {"schema", "model", "machine", "engine", "models", "findings"}
+DOCUMENT = {"schema", "model", "workload", "machine", "engine", "models", "findings"}
 FINDING = {"id", "level", "about", "what", "because", "fix", "price", "unpriced"}
 
 
@@ -63,7 +63,7 @@ def test_a_model_that_is_not_there_is_one_error(qnext: Qnext, model: str) -> Non
 def test_all_logical_threads_are_found_with_their_price(qnext: Qnext) -> None:
     done = qnext("doctor", "--hardware", "rtx4070-64gb", "-t", "16", env={"QNEXT_THREADS": ""})
     words = " ".join(done.stdout.split())
-    assert "! 16 threads are asked for, there are 8 physical cores" in words
+    assert "! 16 threads are asked for, 8 physical cores can be used" in words
     assert "decode −" in words and "Leave the threads to qnext" in words
 
 
@@ -126,4 +126,4 @@ def test_full_measures_ram_and_disk_and_the_next_look_remembers(qnext: Qnext, tm
         assert memory["bandwidth_knee_threads"] in dict(memory["bandwidth_by_threads"])
         assert machine["disk"]["read_bps"] or machine["sources"]["disk.read_bps"]
     assert remembered["memory"]["measured_bandwidth_bps"] == measured["memory"]["measured_bandwidth_bps"]
-    assert remembered["sources"]["disk.read_bps"] == measured["sources"]["disk.read_bps"]
+    assert remembered["sources"]["disk.read_bps"].startswith(measured["sources"]["disk.read_bps"])

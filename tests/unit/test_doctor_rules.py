@@ -27,7 +27,7 @@ ENGINE = EngineFacts(
     claimants=("llama-cpp-python 0.3.36",),
     backends=("cpu", "cuda", "rpc"),
     safe_layout="full",
-    rebuild={"cpu": "rebuild it", "cuda": "rebuild it for CUDA"},
+    rebuild="rebuild it",
 )
 
 
@@ -59,18 +59,25 @@ FAULTS: list[tuple[Machine, list[str]]] = [
     (changed("memory", channels=1, channels_max=None), ["memory-channels"]),
     (changed("memory", speed_mtps=4800, speed_max_mtps=6000), ["memory-profile"]),
     (changed("memory", measured_bandwidth_bps=35_000_000_000), ["memory-slow"]),
+    (changed("memory", measured_bandwidth_bps=45_000_000_000), []),
     (changed("memory", measured_bandwidth_bps=60_000_000_000), []),
     (
         changed("memory", limit_bytes=16 * GIB, usable_bytes=15 * GIB),
         ["memory-limit", "memory-too-small"],
     ),
     (changed("memory", limit_bytes=100 * GIB, usable_bytes=99 * GIB), ["memory-limit"]),
+    (
+        changed("memory", limit_bytes=60 * GIB, available_bytes=20 * GIB, usable_bytes=20 * GIB),
+        ["memory-limit", "memory-too-small"],
+    ),
     (changed("memory", swap_total_bytes=8 * GIB, swap_free_bytes=4 * GIB), ["swap-in-use"]),
     (changed("memory", swap_total_bytes=8 * GIB, swap_free_bytes=8 * GIB - 100 * MIB), []),
     (changed("memory", usable_bytes=6 * GIB), ["memory-too-small"]),
-    (changed("memory", locked_limit_bytes=8 * MIB), ["locked-memory"]),
+    (changed("memory", locked_limit_bytes=8 * MIB), []),
     (changed("memory", transparent_hugepages="never"), ["huge-pages-off"]),
     (changed("memory", hugepages_total_bytes=GIB, hugepages_free_bytes=GIB), ["huge-pages-reserved"]),
+    (changed("memory", hugepages_total_bytes=8 * GIB, hugepages_free_bytes=0), []),
+    (changed("memory", numa_nodes=(NumaNode(0, 64 * GIB, 16), NumaNode(1, 96 * GIB, 0))), []),
     (
         changed("memory", numa_nodes=(NumaNode(0, 64 * GIB, 16), NumaNode(1, 64 * GIB, 16))),
         ["numa-not-interleaved"],
@@ -94,7 +101,9 @@ FAULTS: list[tuple[Machine, list[str]]] = [
     (changed("gpu", h2d_pinned_bps=50_000_000_000), []),
     (changed("gpu", power_limit_w=250, power_default_w=360), ["gpu-power-cap"]),
     (changed("gpu", power_limit_w=360, power_default_w=360), []),
-    (changed("gpu", throttle_reasons=("heat",)), ["gpu-throttled"]),
+    (changed("gpu", throttle_reasons=("temperature, by the driver",)), ["gpu-throttled"]),
+    (changed("gpu", throttle_reasons=("power cap",)), []),
+    (changed("gpu", pcie_gen_max=4, pcie_gen_card_max=5, pcie_gen_slot_max=4), ["gpu-link"]),
     (changed("gpu", throttle_reasons=()), []),
     (changed("gpu", vram_free_bytes=8 * GIB), ["gpu-memory-held"]),
     (changed("gpu", vram_others_bytes=6 * GIB, processes=2, vram_free_bytes=9 * GIB), ["gpu-memory-held"]),
@@ -124,7 +133,7 @@ RECORDED = {
     "epyc-12ch-cpu": [],
     "laptop-8gb": ["memory-too-small"],
     "macbook-m4-max": [],
-    "rtx3060-32gb": ["gpu-link", "memory-too-small"],
+    "rtx3060-32gb": ["memory-too-small", "gpu-link"],
     "rtx3090-96gb": [],
     "rtx4070-64gb": [],
     "rtx4090-64gb": [],
@@ -220,6 +229,46 @@ def test_a_limit_that_keeps_the_model_out_is_priced_as_what_would_run() -> None:
     assert "once it fits" in text
 
 
+def test_a_limit_that_is_not_what_keeps_the_model_out_promises_nothing() -> None:
+    narrow = changed("memory", limit_bytes=60 * GIB, available_bytes=20 * GIB, usable_bytes=20 * GIB)
+    price = next(one.price for one in examine(case(narrow)) if one.id == "memory-limit")
+    assert price is not None and price.worst == 0
+
+
+def test_a_board_of_an_older_generation_has_no_remedy() -> None:
+    finding = only(changed("gpu", pcie_gen_max=4, pcie_gen_card_max=5, pcie_gen_slot_max=4))
+    assert finding.level == "info" and "generation 4" in finding.because
+
+
+def test_pinned_memory_is_limited_for_drivers_that_count_it() -> None:
+    radeon = load_machine("rx7900xtx-64gb")
+    narrow = replace(radeon, memory=replace(radeon.memory, locked_limit_bytes=8 * MIB))
+    (finding,) = examine(case(narrow))
+    assert finding.id == "locked-memory" and finding.price is not None
+    assert "if the driver then refuses to pin" in price_text(finding)
+
+
+def test_a_card_slower_than_the_cpu_is_no_reason_to_build_the_engine_again() -> None:
+    old = changed("gpu", rated_bandwidth_bps=5_000_000_000, vram_total_bytes=2 * GIB, vram_free_bytes=2 * GIB)
+    without = replace(ENGINE, backends=("cpu", "rpc"))
+    assert ids(examine(case(old, engine=without, here={"backends": ("cpu", "rpc")}))) == []
+
+
+def test_an_apple_engine_may_use_what_the_system_does_not_list() -> None:
+    mac = replace(load_machine("macbook-m4-max"), os="darwin", arch="arm64")
+    compiled = ("dotprod", "fp16", "i8mm", "neon", "sme")
+    metal = replace(ENGINE, backends=("cpu", "metal"), compiled_sets=compiled)
+    assert ids(examine(case(mac, engine=metal))) == []
+
+
+def test_what_the_user_names_is_the_budget_that_prices_rest_on() -> None:
+    box = load_machine(BOX)
+    assert ids(examine(case(box, here={"ram": 8 * GIB}))) == ["memory-too-small"]
+    small = case(box, here={"vram": 4 * GIB}).now.prediction.decode_tps
+    large = case(box).now.prediction.decode_tps
+    assert small is not None and large is not None and small.mid < large.mid
+
+
 def test_a_model_the_user_named_and_cannot_run_is_an_error() -> None:
     small = changed("memory", usable_bytes=6 * GIB)
     assert only(small).level == "warning"
@@ -245,6 +294,7 @@ def test_the_worst_comes_first() -> None:
     assert worst == sorted(worst) and len(worst) >= 2
 
 
-def test_a_machine_of_which_nothing_is_known_has_no_findings_but_too_little_memory() -> None:
-    machine = Machine(memory=replace(Machine().memory, total_bytes=64 * GIB))
-    assert ids(examine(case(machine))) == []
+def test_a_machine_of_which_little_or_nothing_is_known_is_examined_all_the_same() -> None:
+    known = Machine(memory=replace(Machine().memory, total_bytes=64 * GIB))
+    assert ids(examine(case(known))) == []
+    assert ids(examine(case(Machine()))) == ["memory-unknown"]

@@ -22,9 +22,7 @@ from qnext.engine.build import (
 from qnext.engine.instructions import (
     compiled_sets,
     instructions_entry,
-    missing_sets,
     parse_system_info,
-    unsupported_sets,
 )
 
 UPSTREAM = "https://github.com/abetlen/llama-cpp-python"
@@ -143,9 +141,9 @@ def test_the_home_folder_is_not_named(packages: Packages, monkeypatch: pytest.Mo
 
 def test_a_checkout_is_rebuilt_by_its_own_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "_is_checkout", lambda: True)
-    assert rebuild_command("cpu", {}) == "QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version"
+    assert rebuild_command(environ={}) == "QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version"
     assert (
-        rebuild_command("cuda", {})
+        rebuild_command("cuda", environ={})
         == 'CMAKE_ARGS="-DGGML_CUDA=on" QNEXT_REBUILD_ENGINE=1 ./scripts/qnext --version'
     )
 
@@ -153,7 +151,7 @@ def test_a_checkout_is_rebuilt_by_its_own_set_up(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", ["cuda", "rocm", "vulkan", "metal", "sycl", "cpu"])
 def test_elsewhere_pip_compiles_the_pinned_release(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "_is_checkout", lambda: False)
-    command = rebuild_command(kind, {})
+    command = rebuild_command(kind, environ={})
     backend = {"cuda": "CUDA", "rocm": "HIP", "vulkan": "VULKAN", "metal": "METAL", "sycl": "SYCL"}.get(kind)
     assert command.startswith(f'CMAKE_ARGS="-DGGML_{backend}=on' if backend else 'CMAKE_ARGS="-DGGML_RPC=on"')
     assert "-DGGML_RPC=on" in command
@@ -170,7 +168,7 @@ def test_the_users_own_switches_are_kept_by_the_shell(
     (tmp_path / "pip").write_text('#!/bin/sh\necho "$CMAKE_ARGS|$1"\n')
     (tmp_path / "pip").chmod(0o755)
     environ = {"CMAKE_ARGS": '-DX="a b"', "PATH": "/usr/bin:/bin"}
-    command = rebuild_command("cuda", environ)
+    command = rebuild_command("cuda", environ=environ)
     assert "a b" not in command
     said = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, text=True, check=True)
     assert said.stdout == '-DX="a b" -DGGML_CUDA=on -DGGML_RPC=on|install\n'
@@ -204,14 +202,6 @@ def test_instruction_sets_are_read_from_the_cpu_part_alone() -> None:
     assert parse_system_info("CPU : LLAMAFILE = 1 | ") == ()
     assert parse_system_info(gpu) is None
     assert parse_system_info("") is None
-
-
-def test_a_build_for_another_cpu_lacks_or_asks_too_much() -> None:
-    cpu = ("amx_tile", "avx", "avx2", "avx512bw", "avx512f", "fma")
-    assert missing_sets(cpu, ("avx", "avx2", "fma")) == ("avx512f",)
-    assert unsupported_sets(cpu, ("avx", "avx512_vnni", "avx512f")) == ("avx512_vnni",)
-    assert missing_sets(cpu, ("avx", "avx2", "avx512f", "fma")) == ()
-    assert unsupported_sets(cpu, ("avx", "avx2", "avx512f", "fma")) == ()
 
 
 def test_remembered_sets_hold_for_their_build_alone(packages: Packages, tmp_path: Path) -> None:
