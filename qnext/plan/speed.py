@@ -1,10 +1,13 @@
-"""Forecast of decode and prefill speed from bytes, bandwidth and arithmetic: a roofline with its overheads.
+"""Forecast of decode and prefill speed: a sum of terms, each a time at rated speed times a fitted constant.
 
 Decode reads every active weight once per token: the routed experts that were chosen, all else in full, the
-cache up to the depth. Each device reads its share at its own bandwidth, one after the other, and every layer
-costs a little for starting its graph nodes, more when it crosses between devices. Prefill is bound by
-arithmetic, 2 operations per active parameter, on the device that multiplies; a GPU first copies the CPU's
-experts over its link, once per ubatch. The constants are stated here, and the range is wide.
+cache up to the depth, the recurrent state. Each device reads its share at its own bandwidth, one after the
+other, slower where the tensor type needs unpacking. Every layer starts its graph nodes, which costs the same
+however small they are: for models with few active parameters that is most of a token's time. A layer whose
+experts are in RAM crosses to the CPU and back (only activations travel), a token crosses once to each further
+device. Prefill is bound by arithmetic, 2 operations per active parameter; a GPU first copies the CPU's experts
+over its link, once per ubatch, and reads the experts that a ubatch chose. The constants and how far they can be
+trusted are in `qnext.plan.kernels`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,15 @@ from dataclasses import dataclass, field
 from math import prod
 
 from qnext.models.shape import ModelShape, is_expert, layer_of
+from qnext.plan.kernels import (
+    ATTENTION_NODES,
+    DECODE_RANGE,
+    FITTED,
+    PREFILL_RANGE,
+    RECURRENT_NODES,
+    backend_of_device,
+    kernel_family,
+)
 from qnext.plan.values import (
     HOST,
     OFFLOAD_MIN_TOKENS,
@@ -26,41 +38,21 @@ from qnext.plan.values import (
 )
 from qnext.plan.weights import PlacedTensor
 
-BANDWIDTH_EFFICIENCY = 0.65
-"""Share of the measured read bandwidth that llama.cpp's CPU kernels reach on quantised experts: 0.55 on an
-eight-layer Q4_K_M slice of Qwen3-Next (2 cores of a Cascade Lake Xeon); rather more is assumed elsewhere."""
-GPU_EFFICIENCY = 0.60
-"""The same on a GPU, assumed; with it 2x RTX 3090 are forecast 16 % over the published 104 t/s of an IQ4_XS
-80B-A3B (github.com/ikawrakow/ik_llama.cpp/pull/1278)."""
-CPU_LAYER_NS = 120_000
-"""Per layer and token on the CPU: some sixty graph nodes, each a barrier between the threads. The demo, whose
-bytes hardly count, takes 1.3 to 1.7 ms for its eight layers with 2 threads (`qnext bench run demo -n 64`)."""
-GPU_LAYER_NS = 80_000
-"""Per layer and token on a GPU: kernel starts. RTX 5070 Ti + 5060 Ti, all of an IQ3 file, 114 t/s, of which
-the bytes explain a third (public llama-bench log)."""
-CROSSING_NS = 300_000
-"""Per layer whose experts are on the CPU while the rest is on a GPU (0.3 ms on an RTX 4070 desktop)."""
 RPC_CALL_NS = 500_000
 """Per token and RPC device, and per layer that crosses to one: a round trip on a local network. Assumed."""
 GFLOPS_PER_CORE = {"avx512": 35.0, "avx2": 22.0, "other": 12.0}
 """Quantised matrix products, per physical core. AVX-512: pp512 of Q4_K_M slices of Qwen3-Next gives 27 on a
 Cascade Lake Xeon (8 layers, 50 t/s) and 45 on a Sapphire Rapids (4 layers, 207 t/s), 2 cores each; the
 others are assumed."""
-GPU_FLOPS_PER_BYTE = 11.0
-"""Arithmetic of prefill per byte/s of VRAM bandwidth, ubatch 512: 1,535 t/s on cards of 896 and 448 GB/s."""
-LINK_EFFICIENCY = 0.6
-"""Share of the PCIe link's rate that copies of expert matrices reach. Assumed."""
 UNPINNED_SHARE = 0.7
-"""Of that, when the experts lie in a mapped file and not in pinned memory: pinning gave prefill 36 to 56 %
-more on desktops with one GPU (public reports)."""
+"""Of a copy's rate, when the experts lie in a mapped file and not in pinned memory: pinning gave prefill 36 to
+56 % more on desktops with one GPU (public reports)."""
 OVERSUBSCRIBED_SHARE = 0.75
 """Of the bandwidth, with more decode threads than physical cores: two threads of a core wait for
 each other at every barrier, which can cost a quarter (public reports)."""
 CORE_READ_BPS = 20_000_000_000
 """What one core can read by itself, server cores less and desktop cores more: a few cores do not fill twelve
 channels. Assumed."""
-RANGE = (0.5, 2.0)
-"""What the forecast is multiplied by for its low and high end."""
 FALLBACK_RAM_BPS = 20_000_000_000
 FALLBACK_GPU_BPS = 300_000_000_000
 FALLBACK_LINK_BPS = 16_000_000_000
@@ -85,15 +77,18 @@ class MachineSpeeds:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one token costs on one device: weight bytes read, parameters multiplied, layers started.
+    """What one token costs on one device: weight bytes read, parameters multiplied, layers and their nodes.
 
-    `expert_bytes` is the part of `bytes` that belongs to the experts this token chose.
+    `expert_bytes` is the part of `bytes` that belongs to the experts this token chose; `by_family` splits
+    `bytes` by kind of kernel.
     """
 
     bytes: int = 0
     expert_bytes: int = 0
     parameters: int = 0
     layers: int = 0
+    nodes: int = 0
+    by_family: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +116,7 @@ def active_work(
     Embeddings are looked up, one row, and count as nothing, unless they are the output matrix too.
     """
     tied = all(item.tensor.name != "output.weight" for item in placed)
-    read: dict[str, int] = {}
+    read: dict[str, dict[str, int]] = {}
     chosen: dict[str, int] = {}
     multiplied: dict[str, int] = {}
     layer_device: dict[int, str] = {}
@@ -143,7 +138,8 @@ def active_work(
                 host_experts[layer] = Crossing(1, so_far.bytes + whole, so_far.parameters + count)
         elif layer is not None:
             layer_device.setdefault(layer, device)
-        read[device] = read.get(device, 0) + size
+        families, family = read.setdefault(device, {}), kernel_family(tensor.type_name)
+        families[family] = families.get(family, 0) + size
         if not tensor.name.startswith(("token_embd", "output")):  # those run for the last token only
             multiplied[device] = multiplied.get(device, 0) + count
     crossings: dict[str, Crossing] = {}
@@ -154,10 +150,18 @@ def active_work(
             crossings[home] = Crossing(
                 known.layers + 1, known.bytes + experts.bytes, known.parameters + experts.parameters
             )
+    nodes: dict[str, int] = {}
+    for layer, home in layer_device.items():
+        nodes[home] = nodes.get(home, 0) + (RECURRENT_NODES if shape.recurrent[layer] else ATTENTION_NODES)
     homes = list(layer_device.values())
     work = {
         device: Work(
-            read.get(device, 0), chosen.get(device, 0), multiplied.get(device, 0), homes.count(device)
+            sum(read.get(device, {}).values()),
+            chosen.get(device, 0),
+            multiplied.get(device, 0),
+            homes.count(device),
+            nodes.get(device, 0),
+            read.get(device, {}),
         )
         for device in dict.fromkeys((*read, *homes))
     }
@@ -176,13 +180,15 @@ def predict_speed(
     """Decode and prefill forecast with range for a placement, and the numbers it rests on."""
     load = active_work(shape, placed, device_of_buffer)
     kinds = {device.name: device.kind for device in devices}
-    decode_ns = _decode_ns(load, kinds, placement, devices, speeds, workload)
-    prefill_ns = _prefill_ns(load, shape, kinds, placement, speeds, workload)
+    decode = decode_terms(load, placement, devices, speeds, workload)
+    prefill = prefill_terms(load, shape, kinds, placement, speeds, workload)
+    where = situation(load)
     numbers: dict[str, float | int | str] = {
         "active_bytes_per_token": sum(work.bytes for work in load.work.values()),
         "host_bytes_per_token": load.work.get(HOST, Work()).bytes,
         "ram_bandwidth_bps": speeds.ram_bps or FALLBACK_RAM_BPS,
         "layers_that_cross": sum(crossing.layers for crossing in load.crossings.values()),
+        **{f"{part}_ms": round(ns / 1e6, 3) for part, ns in decode_parts(decode).items()},
     }
     because = f"each token reads the active weights once; RAM bandwidth {speeds.ram_source}"
     copied = sum(crossing.bytes for name, crossing in load.crossings.items() if kinds[name] == "gpu")
@@ -190,93 +196,158 @@ def predict_speed(
         numbers["copied_bytes_per_ubatch"] = copied
         because += "; for a prompt the CPU's experts are copied to the GPU once per ubatch"
     reason = Reason("speed forecast", because, numbers)
-    return Prediction(_range(decode_ns), _range(prefill_ns), "roofline"), reason
+    return (
+        Prediction(
+            _range(total_ns(decode), DECODE_RANGE[where]),
+            _range(total_ns(prefill), PREFILL_RANGE[where]),
+            "roofline",
+        ),
+        reason,
+    )
 
 
-def _decode_ns(
+def situation(load: Load) -> str:
+    """Which range a forecast has: `gpu` (one), `gpus`, `mixed` (weights in RAM beside a GPU) or `cpu`."""
+    busy = [name for name, work in load.work.items() if work.layers]
+    if busy in ([], [HOST]):
+        return "cpu"
+    if load.crossings or HOST in busy:
+        return "mixed"
+    return "gpu" if len(busy) == 1 else "gpus"
+
+
+def total_ns(terms: Mapping[str, float], constants: Mapping[str, float] = FITTED) -> float:
+    """Nanoseconds of all terms; a term without a constant is in nanoseconds already."""
+    return sum(amount * constants.get(name, 1.0) for name, amount in terms.items())
+
+
+def decode_parts(terms: Mapping[str, float]) -> dict[str, float]:
+    """Where a token's time goes, in nanoseconds: reading VRAM, reading RAM, starting nodes, crossing."""
+    parts = {"gpu_reading": 0.0, "ram_reading": 0.0, "node_starts": 0.0, "crossings": 0.0}
+    for name, amount in terms.items():
+        part = "node_starts" if "_node" in name else "crossings"
+        if "_read_" in name:
+            part = "ram_reading" if name.startswith("cpu") else "gpu_reading"
+        parts[part] += amount * FITTED.get(name, 1.0)
+    return parts
+
+
+def decode_terms(
     load: Load,
-    kinds: Mapping[str, str],
     placement: Placement,
     devices: Sequence[DeviceMemory],
     speeds: MachineSpeeds,
     workload: Workload,
-) -> float:
-    """Time of one token after `depth + prompt` others."""
+) -> dict[str, float]:
+    """What one token takes after `depth + prompt` others, by constant."""
+    terms: dict[str, float] = {}
+    kinds = {device.name: device.kind for device in devices}
     context = max(1, placement.context)
     share = min(workload.depth + workload.prompt, context) / context
-    spent = 0.0
     for device in devices:
         work = load.work.get(device.name, Work())
         state = device.kv_bytes * share + device.recurrent_bytes / max(1, placement.parallel)
-        spent += (work.bytes + state) / _bandwidth(device.name, kinds, speeds, placement.threads) * 1e9
-        spent += work.layers * (CPU_LAYER_NS if device.kind == "host" else GPU_LAYER_NS)
-        spent += RPC_CALL_NS * (device.kind == "rpc")
+        unit = "gpu" if device.kind == "gpu" else "cpu"
+        ns_per_byte = 1e9 / _bandwidth(device.name, kinds, speeds, placement.threads)
+        for family, size in work.by_family.items():
+            _add(terms, f"{unit}_read_{family}", size * ns_per_byte)
+        _add(terms, f"{unit}_read_plain", state * ns_per_byte)
+        _add(terms, _node_term(device.name, device.kind), work.nodes)
+        _add(terms, "rpc", RPC_CALL_NS * (device.kind == "rpc"))
+    used = [name for name, work in load.work.items() if work.layers and kinds.get(name) == "gpu"]
+    _add(terms, "gpu_hop", max(0, len(used) - 1))
     for name, crossing in load.crossings.items():
-        spent += crossing.layers * (RPC_CALL_NS if kinds[name] == "rpc" else CROSSING_NS)
-    return spent
+        if kinds[name] == "rpc":
+            _add(terms, "rpc", crossing.layers * RPC_CALL_NS)
+        else:
+            _add(terms, "crossing", crossing.layers)
+    return terms
 
 
-def _prefill_ns(
+def prefill_terms(
     load: Load,
     shape: ModelShape,
     kinds: Mapping[str, str],
     placement: Placement,
     speeds: MachineSpeeds,
     workload: Workload,
-) -> float:
-    """Time per token of a prompt of `workload.prompt` tokens, in ubatches of the placement's size.
+) -> dict[str, float]:
+    """What each token takes of a prompt of `workload.prompt` tokens in the placement's ubatches, by constant.
 
     A short prompt is bound by reading, not by arithmetic: each of its tokens may choose other experts.
     """
     tokens = max(1, min(placement.ubatch, workload.prompt))
     cores = max(1, min(placement.threads_batch, speeds.cores))
     cpu = GFLOPS_PER_CORE.get(speeds.instruction_set, GFLOPS_PER_CORE["other"]) * cores
-    spent = 0.0
+    terms: dict[str, float] = {}
     on_device = {name: work.parameters for name, work in load.work.items()}
+    offloaded = 0  # active bytes of the experts that a GPU multiplies in the host's stead
     if placement.op_offload and tokens >= OFFLOAD_MIN_TOKENS:
         for name, crossing in load.crossings.items():
             if kinds[name] != "gpu":
                 continue
             on_device[HOST] -= crossing.parameters
             on_device[name] += crossing.parameters
-            link = (speeds.link_bps.get(name) or FALLBACK_LINK_BPS) * LINK_EFFICIENCY
-            link *= UNPINNED_SHARE if placement.load_mode.startswith("mmap") else 1
-            spent += crossing.bytes / link * 1e9 / tokens
+            offloaded += crossing.bytes * shape.experts_used // shape.experts
+            link = speeds.link_bps.get(name) or FALLBACK_LINK_BPS
+            link = round(link * UNPINNED_SHARE) if placement.load_mode.startswith("mmap") else link
+            copied = crossing.bytes * _share_chosen(shape, tokens)
+            _add(terms, "gpu_copy", copied / link * 1e9 / tokens)
     for name, parameters in on_device.items():
-        if kinds.get(name, "host") == "gpu":
-            rate = (speeds.device_bps.get(name) or FALLBACK_GPU_BPS) * GPU_FLOPS_PER_BYTE / 1e9
+        kind = kinds.get(name, "host")
+        work = load.work.get(name, Work())
+        read = _bytes_read(work, shape, tokens, offloaded if name == HOST else 0) / tokens
+        reading = read / _bandwidth(name, kinds, speeds, placement.threads_batch) * 1e9
+        if kind == "gpu":
+            rate = (speeds.device_bps.get(name) or FALLBACK_GPU_BPS) / 1e9
             rate *= speeds.device_clock.get(name, 1.0)
-            spent += 2 * parameters / rate
+            _add(terms, f"gpu_compute_{backend_of_device(name)}", 2 * parameters / rate)
+            _add(terms, "gpu_read_block", reading)
         else:
-            reading = _bytes_read(load.work.get(name, Work()), shape, tokens) / tokens
-            reading_ns = reading / _bandwidth(name, kinds, speeds, placement.threads_batch) * 1e9
-            spent += max(2 * parameters / cpu, reading_ns)
-    layers = sum(work.layers for work in load.work.values())
-    return spent + layers * CPU_LAYER_NS / tokens
+            _add(terms, "cpu_compute", 2 * parameters / cpu)
+            _add(terms, "cpu_read_plain", reading)
+        _add(terms, _node_term(name, kind), work.nodes / tokens)
+    return terms
 
 
-def _bytes_read(work: Work, shape: ModelShape, tokens: int) -> float:
-    """Weight bytes that `tokens` tokens read together, each choosing its experts evenly and by itself."""
+def _node_term(device: str, kind: str) -> str:
+    return f"gpu_node_{backend_of_device(device)}" if kind == "gpu" else "cpu_node"
+
+
+def _add(terms: dict[str, float], name: str, amount: float) -> None:
+    if amount:
+        terms[name] = terms.get(name, 0.0) + amount
+
+
+def _bytes_read(work: Work, shape: ModelShape, tokens: int, offloaded: int) -> float:
+    """Weight bytes that `tokens` tokens read together, each choosing its experts evenly and by itself.
+
+    `offloaded` is the part of the chosen experts' bytes that is multiplied on another device.
+    """
     if not shape.experts or not work.expert_bytes:
         return work.bytes
-    share = shape.experts_used / shape.experts
-    union = (1 - (1 - share) ** tokens) / share
-    return work.bytes - work.expert_bytes + work.expert_bytes * union
+    union = _share_chosen(shape, tokens) * shape.experts / shape.experts_used
+    return work.bytes - work.expert_bytes + max(0, work.expert_bytes - offloaded) * union
+
+
+def _share_chosen(shape: ModelShape, tokens: int) -> float:
+    """Part of the experts that at least one of `tokens` tokens chooses, if all are equally wanted."""
+    return 1.0 - (1.0 - shape.experts_used / shape.experts) ** tokens if shape.experts else 1.0
 
 
 def _bandwidth(device: str, kinds: Mapping[str, str], speeds: MachineSpeeds, threads: int) -> float:
-    """Bytes per second that decoding reads on a device; half of the cores already keep the RAM busy."""
+    """Rated bytes per second of a device; of RAM, what the threads can draw: half of the cores suffice."""
     kind = kinds.get(device, "host")
     if kind == "gpu":
-        return (speeds.device_bps.get(device) or FALLBACK_GPU_BPS) * GPU_EFFICIENCY
+        return speeds.device_bps.get(device) or FALLBACK_GPU_BPS
     ram = speeds.ram_bps or FALLBACK_RAM_BPS
     if kind == "rpc":  # what runs behind it is not known; a worker on this machine's CPU is assumed
-        return (speeds.device_bps.get(device) or ram) * BANDWIDTH_EFFICIENCY
+        return speeds.device_bps.get(device) or ram
     share = min(1.0, 2 * max(1, threads) / max(1, speeds.cores))
     ram = min(ram, max(1, min(threads, speeds.cores)) * CORE_READ_BPS)
-    return ram * BANDWIDTH_EFFICIENCY * (OVERSUBSCRIBED_SHARE if threads > speeds.cores else share)
+    return ram * (OVERSUBSCRIBED_SHARE if threads > speeds.cores else share)
 
 
-def _range(mid_ns: float) -> SpeedRange:
+def _range(mid_ns: float, factors: tuple[float, float]) -> SpeedRange:
     mid = 1e9 / max(mid_ns, 1.0)
-    return SpeedRange(round(mid * RANGE[0], 2), round(mid, 2), round(mid * RANGE[1], 2))
+    return SpeedRange(round(mid * factors[0], 2), round(mid, 2), round(mid * factors[1], 2))
