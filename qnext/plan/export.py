@@ -35,6 +35,10 @@ _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories that end a line somewhere or are no character: controls, surrogates, separators."""
 
 
+_NO_CHARACTERS = "\ufffe\uffff"
+"""What YAML does not take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Export:
     """`text` ends in a line break. `notes` say what it does not; `commented`: they are in it already."""
@@ -188,7 +192,7 @@ def _docker(plan: Plan, argv: Sequence[str]) -> Export:
 
 
 def _require_plain(word: str) -> None:
-    if any(unicodedata.category(one) in _UNPRINTABLE for one in word):
+    if any(unicodedata.category(one) in _UNPRINTABLE or one in _NO_CHARACTERS for one in word):
         raise UsageError(
             f"{word!r} holds a character that this format cannot",
             hint="Use --format json, or give the file a name without line breaks and control characters.",
