@@ -23,6 +23,7 @@ and then, on each line it reads from standard input, the log so far as a line of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -288,6 +289,9 @@ class HubServer:
         for server in self._servers.values():
             server.shutdown()
             server.server_close()
+            for connection in list(server.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Listener(ThreadingHTTPServer):
@@ -297,7 +301,16 @@ class _Listener(ThreadingHTTPServer):
 
     def __init__(self, hub: HubServer, at: str) -> None:
         self.hub, self.at = hub, at
+        self.connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is part of many tests."""
@@ -416,6 +429,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    from huggingface_hub import constants
+
+    # Read from HF_HOME when the library was imported: a developer's own token must not reach the tests.
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf-home" / "token"))
     with HubServer(tmp_path / "hub") as server:
         for name, value in hub_environment(server.endpoint, tmp_path / "hf-home").items():
             monkeypatch.setenv(name, value)
