@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -157,15 +158,21 @@ def _print_export(planned: PlannedModel, form: str) -> None:
     exported = export_plan(
         planned.plan,
         to,
-        model=str(
-            Path(planned.model.path).absolute()
-        ),  # a link of the Hub's cache stays one: it has the name
-        server=str(Path(server).absolute()) if server else "llama-server",
+        model=_whole_path(planned.model.path),
+        server=_whole_path(server) if server else "llama-server",
     )
     _print_bytes(exported.text)
     if not exported.commented:
         for text in exported.notes:
             note(text)
+
+
+def _whole_path(path: str) -> str:
+    """Absolute, links kept (in the Hub's cache only they have the file's name), and read as UTF-8.
+
+    Where the locale is another one, Python holds the bytes of a path as surrogates.
+    """
+    return os.fsencode(Path(path).absolute()).decode("utf-8", "surrogateescape")
 
 
 def _print_bytes(text: str) -> None:
