@@ -15,11 +15,12 @@ from qnext.hardware.machine import Gpu, Machine
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
+from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions, RepackPolicy, Wishes
 from qnext.plan.placement import Placed, Problem
-from qnext.plan.plan import choose_placement, forecast
 from qnext.plan.problem import backend_of, make_problem, untried_layout
+from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, Prediction
 
 _BOUNDLESS = 1 << 50

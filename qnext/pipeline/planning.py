@@ -13,12 +13,14 @@ from qnext.errors import DoesNotFitError, EngineError
 from qnext.pipeline.locate import LocatedModel, locate_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
+from qnext.plan.choice import choose_placement
 from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
-from qnext.plan.plan import Plan, choose_placement, explain_misfit, forecast, make_plan
+from qnext.plan.plan import Plan, explain_misfit, make_plan
 from qnext.plan.problem import make_problem
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits
+from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, Placement, Prediction, Workload
 from qnext.units import format_bytes
 

@@ -6,27 +6,26 @@ run and of a bandwidth probe come in as values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
+from qnext.plan.choice import choose_placement
 from qnext.plan.flags import llama_server_argv, server_warnings
-from qnext.plan.options import CPU_UBATCH, DEFAULT_CONTEXT, GPU_UBATCHES, SMALLEST_CONTEXT
-from qnext.plan.placement import Placed, Problem, check_placement, find_placement
-from qnext.plan.speed import MachineSpeeds, predict_speed
+from qnext.plan.options import DEFAULT_CONTEXT, GPU_UBATCHES
+from qnext.plan.placement import Placed, Problem, check_placement
+from qnext.plan.speed import MachineSpeeds
+from qnext.plan.turn import forecast
 from qnext.plan.values import (
-    HOST,
     DeviceMemory,
     Placement,
     Prediction,
     Reason,
-    Workload,
     device_to_dict,
 )
-from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
 
 
@@ -88,20 +87,6 @@ def make_plan(
     )
 
 
-def forecast(
-    problem: Problem,
-    placement: Placement,
-    devices: Sequence[DeviceMemory],
-    speeds: MachineSpeeds,
-    workload: Workload,
-) -> tuple[Prediction, Reason]:
-    """Speeds of a placement for any workload, with the numbers they rest on. `devices` is its memory."""
-    used = problem.used(placement)
-    tensors = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
-    owners = {device.buffer_type: device.name for device in used}
-    return predict_speed(problem.shape, placement, tensors, devices, owners, speeds, workload)
-
-
 def explain_misfit(plan: Plan, problem: Problem, fits: Callable[[Problem], bool]) -> Plan:
     """A plan that does not fit, with the changes that would make it fit (`alternatives`).
 
@@ -145,90 +130,6 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "reasons": [asdict(reason) for reason in plan.reasons],
         "warnings": list(plan.warnings),
     }
-
-
-def choose_placement(problem: Problem) -> Placed:
-    """Context and ubatch as wished or as suits the workload best, and the placement for them.
-
-    The first context that fits is taken, longest first: a context costs what the user can do. Of the ubatches
-    that fit with it, the one whose turn is shortest: a large one copies the experts in RAM to the GPU less
-    often, and its buffer takes the room of other experts. Less context and ubatch never need more memory: if
-    the smallest do not fit, nothing between is worth trying.
-    """
-    contexts, ubatches = _contexts(problem), _ubatches(problem)
-    smallest: Placed | None = None
-    for context in contexts:
-        placed = [find_placement(problem, _base(problem, context, ubatch)) for ubatch in ubatches]
-        fitting = [candidate for candidate in placed if candidate.fits]
-        if fitting:
-            return _shortest_turn(problem, fitting)
-        if len(contexts) == 1:
-            return placed[0] if len(ubatches) == 1 else placed[-1]
-        if smallest is None:
-            smallest = find_placement(problem, _base(problem, contexts[-1], ubatches[-1]))
-            if not smallest.fits:
-                return smallest
-    assert smallest is not None
-    return smallest
-
-
-def turn_seconds(prediction: Prediction, workload: Workload) -> float:
-    """Time of one turn of `workload` at the middle of a forecast; infinite without one."""
-    prefill, decode = prediction.prefill_tps, prediction.decode_tps
-    if prefill is None or decode is None or not prefill.mid or not decode.mid:
-        return float("inf")
-    return workload.prompt / prefill.mid + workload.generate / decode.mid
-
-
-def _shortest_turn(problem: Problem, fitting: Sequence[Placed]) -> Placed:
-    """The candidate with the shortest turn; the first one, where speeds are not known or all are alike."""
-    speeds, workload = problem.speeds, problem.options.workload
-    if speeds is None or len(fitting) == 1:
-        return fitting[0]
-
-    def seconds(placed: Placed) -> float:
-        prediction, _ = forecast(problem, placed.placement, placed.memory.devices, speeds, workload)
-        return turn_seconds(prediction, workload)
-
-    return min(fitting, key=seconds)
-
-
-def _contexts(problem: Problem) -> list[int]:
-    """Contexts to try, most wanted first."""
-    options = problem.options
-    largest = problem.shape.context_train * options.parallel
-    contexts = [options.context or min(DEFAULT_CONTEXT, largest)]
-    while options.context is None and contexts[-1] > SMALLEST_CONTEXT:
-        contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))
-    return contexts
-
-
-def _ubatches(problem: Problem) -> list[int]:
-    """Physical batches to try, largest first."""
-    options = problem.options
-    if options.ubatch:
-        return [min(options.ubatch, options.batch)]
-    has_gpu = any(budget.kind == "gpu" and budget.budget_bytes > 0 for budget in problem.budgets)
-    tried = GPU_UBATCHES if has_gpu else (CPU_UBATCH,)
-    return list(dict.fromkeys(min(ubatch, options.batch) for ubatch in tried))
-
-
-def _base(problem: Problem, context: int, ubatch: int) -> Placement:
-    options = problem.options
-    return Placement(
-        rpc_servers=problem.rpc_servers,
-        context=context,
-        batch=options.batch,
-        ubatch=ubatch,
-        kv_type_k=options.kv_type_k,
-        kv_type_v=options.kv_type_v,
-        flash_attention=options.flash_attention,
-        threads=options.threads,
-        threads_batch=options.threads_batch,
-        load_mode=options.load_mode,
-        parallel=options.parallel,
-        outputs_max=options.parallel,
-    )
 
 
 def _context_warnings(shape: ModelShape, placement: Placement) -> tuple[str, ...]:

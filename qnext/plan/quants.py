@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from qnext.plan.choice import choose_placement
 from qnext.plan.placement import Placed, Problem, find_placement
-from qnext.plan.plan import choose_placement, forecast
+from qnext.plan.turn import forecast
 from qnext.plan.values import Prediction, Reason
 
 Preference = Literal["quality", "balanced", "speed"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qnext.errors import UsageError
 from qnext.models.shape import is_expert, layer_of
+from qnext.plan.choice import choose_placement
 from qnext.plan.placement import ALL_LAYERS, Placed, Problem, check_placement, find_placement
-from qnext.plan.plan import choose_placement
 from qnext.plan.traits import extra_buffer_accepts
 from qnext.plan.values import CPU_REPACK, HOST, Override, Placement
 from qnext.plan.weights import assign_buffers, layer_devices

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from qnext.errors import DoesNotFitError
 from qnext.pipeline.planning import require_fit
 from qnext.pipeline.request import parse_device_memory, parse_overrides
+from qnext.plan.choice import choose_placement
 from qnext.plan.placement import Problem
-from qnext.plan.plan import Plan, choose_placement, explain_misfit, make_plan, plan_to_dict
+from qnext.plan.plan import Plan, explain_misfit, make_plan, plan_to_dict
 from qnext.plan.values import HOST, Override, Placement
 from qnext.units import GIB, KIB, MIB, parse_size
 from tests.planning import DENSE, MIXTURES, SPEEDS, problem

@@ -9,10 +9,10 @@ import pytest
 from qnext.hardware import load_machine
 from qnext.models.shape import read_shape
 from qnext.models.synth.imagined import imagined_header
+from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions
 from qnext.plan.placement import find_placement
-from qnext.plan.plan import choose_placement
 from qnext.plan.problem import make_problem
 from qnext.plan.quants import Candidate, Offer, Preference, choose_quant, longest_context, weigh
 

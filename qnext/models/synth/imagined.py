@@ -13,13 +13,13 @@ from qnext.models.synth.shapes import shape_metadata, shape_named, tensor_shapes
 from qnext.models.synth.writer import ALIGNMENT
 
 
-def imagined_header(name: str, quant: str) -> ModelHeader:
-    """The header that `name` (a key of SHAPES) has in file type `quant`; `paths` is empty.
+def imagined_header(name: str, quant: str, layers: int | None = None) -> ModelHeader:
+    """The header that `name` (a key of SHAPES), or a slice of it, has in file type `quant`; `paths` is empty.
 
     `file_bytes` counts the tensors; a real file adds some megabytes of vocabulary. Raises ModelError or
     UsageError for names that are not known.
     """
-    shape = shape_named(name)
+    shape = shape_named(name, layers)
     tensors, offset = [], 0
     for spec in choose_types(shape, tensor_shapes(shape), quant):
         nbytes = tensor_nbytes(spec.type_name, spec.shape)

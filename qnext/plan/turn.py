@@ -1,0 +1,41 @@
+"""How long one turn takes with a placement: the measure by which placements and quants are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qnext.plan.placement import Placed, Problem
+from qnext.plan.speed import MachineSpeeds, predict_speed
+from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, Workload
+from qnext.plan.weights import assign_buffers
+
+
+def forecast(
+    problem: Problem,
+    placement: Placement,
+    devices: Sequence[DeviceMemory],
+    speeds: MachineSpeeds,
+    workload: Workload,
+) -> tuple[Prediction, Reason]:
+    """Speeds of a placement for any workload, with the numbers they rest on. `devices` is its memory."""
+    used = problem.used(placement)
+    tensors = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
+    owners = {device.buffer_type: device.name for device in used}
+    return predict_speed(problem.shape, placement, tensors, devices, owners, speeds, workload)
+
+
+def turn_seconds(prediction: Prediction, workload: Workload) -> float:
+    """Time of one turn of `workload` at the middle of a forecast; infinite without one."""
+    prefill, decode = prediction.prefill_tps, prediction.decode_tps
+    if prefill is None or decode is None or not prefill.mid or not decode.mid:
+        return float("inf")
+    return workload.prompt / prefill.mid + workload.generate / decode.mid
+
+
+def placed_seconds(problem: Problem, placed: Placed) -> float:
+    """Time of one turn of the problem's workload with a placement; 0 where no speeds are known."""
+    if problem.speeds is None:
+        return 0.0
+    workload = problem.options.workload
+    prediction, _ = forecast(problem, placed.placement, placed.memory.devices, problem.speeds, workload)
+    return turn_seconds(prediction, workload)
