@@ -1,4 +1,4 @@
-"""The chosen placement against every other one: 8-layer models, one GPU of six sizes, all subsets of layers."""
+"""The chosen placement against every other: 8-layer models, one GPU of six sizes, all subsets of layers."""
 
 from __future__ import annotations
 
