@@ -165,8 +165,7 @@ def state_digests(quant: QuantFile) -> QuantFile:
 def _headers() -> dict[str, str]:
     """The client's headers with the user's token, if there is one and it can be sent."""
     headers = auth_headers()
-    token = headers.get("authorization", "")
-    if not (token.isascii() and token.isprintable()):
+    if not all(value.isascii() and value.isprintable() for value in headers.values()):
         # The HTTP library would refuse it too, and quote it.
         raise UsageError("The Hub token holds characters that no token has.", hint="hf auth login")
     return headers

@@ -98,7 +98,7 @@ def find_places(quant: QuantFile, cache: Path) -> tuple[Place, ...]:
 
 def write_ref(quant: QuantFile, cache: Path, ref: str = "main") -> None:
     """Note that `ref` is the commit of `quant`, for programs that ask for `ref` offline. Raises OSError."""
-    if not _plain(ref):
+    if not _plain(ref) or _COMMIT.fullmatch(ref):
         return
     note = cache / f"models--{quant.repo.replace('/', '--')}" / "refs" / ref
     if note.is_file() and note.read_text(encoding="ascii", errors="replace") == quant.revision:

@@ -1,0 +1,129 @@
+"""The trip of `qnext pull`: from a reference to files in the shared Hugging Face cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qnext.config import Paths
+from qnext.errors import ModelError, UsageError
+from qnext.models.download import OnProgress, check_space, download, state_digests, verify
+from qnext.models.held import Place, find_places
+from qnext.models.hub import list_repo
+from qnext.models.hub_cache import hub_folder
+from qnext.models.hub_ref import parse_ref
+from qnext.models.published import Listing, QuantFile
+from qnext.models.quant_names import pick_quant
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be fetched, and where it goes. `ref` is the branch or tag that was asked for."""
+
+    quant: QuantFile
+    places: tuple[Place, ...]
+    cache: Path
+    ref: str
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes that need not be fetched, parts of files included."""
+        return sum(place.bytes_here() for place in self.places)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are here, by their sizes."""
+        return all(place.state() == "here" for place in self.places)
+
+    @property
+    def path(self) -> Path:
+        """The first file, which is the one to load."""
+        return self.places[0].contents
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Room on the cache's disk; None where it cannot be read."""
+        folder = self.cache
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:
+            return None
+
+
+def find_wanted(model: str, paths: Paths, environ: Mapping[str, str] | None = None) -> Wanted:
+    """The files that `model` (`user/repo:QUANT`) names on the Hub. Raises UsageError, ModelError and
+    DownloadError; a repository with several quants needs one named."""
+    ref = parse_ref(model)
+    if ref is None:
+        raise UsageError(
+            f"'{model}' does not name a repository on the Hub", hint="Write USER/REPO:QUANT, as on the Hub."
+        )
+    listing = list_repo(ref, paths.cache_dir / "listings")
+    wanted = ref.path or ref.quant
+    quant = pick_quant(listing, wanted) if wanted else _only_quant(listing)
+    cache = hub_folder(os.environ if environ is None else environ)
+    return Wanted(quant, find_places(state_digests(quant), cache), cache, ref.revision or "main")
+
+
+def fetch_wanted(wanted: Wanted, on_progress: OnProgress, *, again: tuple[Place, ...] = ()) -> dict[str, Any]:
+    """Fetch what is missing, and `again` what is there; returns the report that `--json` prints."""
+    began = time.perf_counter()
+    missing = sum(p.file.size_bytes - (0 if p in again else p.bytes_here()) for p in wanted.places)
+    download(wanted.quant, wanted.cache, on_progress=on_progress, again=again, ref=wanted.ref)
+    return {**describe(wanted), "fetched_bytes": missing, "elapsed_s": round(time.perf_counter() - began, 3)}
+
+
+def check_wanted(wanted: Wanted, on_progress: OnProgress) -> dict[Place, bool]:
+    """Read what is here under a final name: whether each file has the digest that the Hub lists."""
+    return verify(wanted.places, on_progress)
+
+
+def check_room(wanted: Wanted) -> None:
+    """Raise DownloadError when what is missing does not fit the disk."""
+    check_space(wanted.places)
+
+
+def describe(wanted: Wanted, good: Mapping[Place, bool] | None = None) -> dict[str, Any]:
+    """What is wanted and what is here, for JSON. `good` adds what a check found: None for an unread file."""
+    files = []
+    for place in wanted.places:
+        one: dict[str, Any] = {
+            "file": place.file.path,
+            "path": str(place.path),
+            "size_bytes": place.file.size_bytes,
+            "sha256": place.digest,
+            "state": place.state(),
+            "bytes_here": place.bytes_here(),
+        }
+        files.append(one if good is None else {**one, "good": good.get(place)})
+    return {
+        "repo": wanted.quant.repo,
+        "revision": wanted.quant.revision,
+        "quant": wanted.quant.quant,
+        "cache": str(wanted.cache),
+        "path": str(wanted.places[0].path),
+        "size_bytes": wanted.quant.size_bytes,
+        "bytes_here": wanted.bytes_here,
+        "free_bytes": wanted.free_bytes,
+        "complete": wanted.complete,
+        "files": files,
+    }
+
+
+def _only_quant(listing: Listing) -> QuantFile:
+    if len(listing.quants) == 1:
+        return listing.quants[0]
+    names = [quant.quant for quant in listing.quants]
+    common = next((name for name in names if re.search("Q4_K_M", name)), names[0])
+    raise ModelError(
+        f"{listing.repo} has {len(names)} quants: {', '.join(names)}",
+        hint=f"Name one: qnext pull {listing.repo}:{common}",
+    )
