@@ -19,6 +19,7 @@ from qnext.engine.log_reader import BufferSize, read_buffer_sizes
 from qnext.engine.session import EngineSession
 from qnext.errors import EngineError
 from qnext.models.header import ModelHeader
+from qnext.models.synth.stand_in import write_stand_in
 from qnext.plan.values import Placement
 
 
@@ -34,10 +35,14 @@ def header_digest(header: ModelHeader) -> str:
 
 
 class DryRunner:
-    """Runs and remembers dry runs. Starts an engine child only when an answer is not in the cache."""
+    """Runs and remembers dry runs. Starts an engine child only when an answer is not in the cache.
+
+    For a model that is not on this disk the engine is given a stand-in: its header, and a hole.
+    """
 
     def __init__(self, header: ModelHeader, build: EngineBuild, cache_dir: Path) -> None:
-        self._model = str(header.paths[0])
+        self._header = header
+        self._stand_in = cache_dir / "stand-ins" / f"{header_digest(header)}.gguf"
         self._key = f"{header_digest(header)}:{build.digest}"
         self._folder = cache_dir / "dry-runs"
         self._session: EngineSession | None = None
@@ -51,7 +56,7 @@ class DryRunner:
         if self._session is None or not self._session.alive:
             self.close()
             self._session = EngineSession()
-        sizes = read_buffer_sizes(self._session.dry_run(self._model, placement))
+        sizes = read_buffer_sizes(self._session.dry_run(str(self._file()), placement))
         if not any(size.part == "compute" for size in sizes):
             raise EngineError(
                 "the engine's dry run did not tell its compute buffers",
@@ -59,6 +64,12 @@ class DryRunner:
             )
         write_atomically(entry, json.dumps([[size.buffer, size.part, size.bytes] for size in sizes]))
         return sizes
+
+    def _file(self) -> Path:
+        if self._header.paths and self._header.paths[0].exists():
+            return self._header.paths[0]
+        write_stand_in(self._header, self._stand_in)
+        return self._stand_in
 
     def close(self) -> None:
         """End the engine child, if one was started."""
