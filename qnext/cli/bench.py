@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table, progress_bar
 
@@ -38,6 +39,7 @@ def run(
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Samples per test.")
     ] = 5,
+    yes: Yes = False,
     json_output: Annotated[
         bool, typer.Option("--json", metavar="", help="Print the record as JSON.")
     ] = False,
@@ -56,7 +58,7 @@ def run(
     tests = scenarios(parse_counts(prompts, "-p"), parse_counts(generates, "-n"), parse_counts(depths, "-d"))
     if not tests:
         raise UsageError("there is nothing to measure", hint="Give -p or -n a number above 0.")
-    request = make_request(model, flags)
+    request = with_model_here(make_request(model, flags), find_paths(), yes=yes)
     finished: list[TestResult] = []
     record_ids: list[str] = []
     try:

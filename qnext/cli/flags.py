@@ -20,15 +20,35 @@ if TYPE_CHECKING:
     from qnext.pipeline.request import Request
     from qnext.plan.values import Workload
 
-MODEL_HELP = "demo, or the path of a GGUF file (any part of a split one)."
+MODEL_HELP = "demo, a GGUF file, a repository (user/repo or user/repo:QUANT), or a name from the catalogue."
 
 _MACHINE, _PLACE, _SIZE = "Machine", "What goes where", "Context and threads"
+_QUANT = "Choice of quant"
 
 
 @dataclass(frozen=True, slots=True)
 class PlanFlags:
     """What the command line says about machine, placement and sizes; None leaves it to the planner."""
 
+    prefer: Annotated[
+        str,
+        typer.Option(
+            "--prefer",
+            metavar="quality|balanced|speed",
+            help="Which quant, where MODEL leaves it open.",
+            rich_help_panel=_QUANT,
+        ),
+    ] = "balanced"
+    min_tps: Annotated[
+        float | None,
+        typer.Option(
+            "--min-tps",
+            min=0,
+            metavar="T/S",
+            help="The slowest answer to put up with: a smaller quant is taken instead.",
+            rich_help_panel=_QUANT,
+        ),
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(
@@ -307,6 +327,8 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
         cpu_experts=cpu_experts,
         overrides=parse_overrides(tuple(flags.override_tensor or ())),
         tensor_split=_shares(flags.tensor_split),
+        prefer=_one_of("--prefer", flags.prefer, ("quality", "balanced", "speed")),
+        min_tps=flags.min_tps,
     )
 
 

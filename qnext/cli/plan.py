@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
+from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags, workload_named
 from qnext.cli.output import note, print_json, print_table
 from qnext.errors import UsageError
 
@@ -42,16 +42,22 @@ _MACHINE_PANEL = "Machine"
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
+    workload: Annotated[
+        str,
+        typer.Option(
+            "--workload", metavar="NAME", help="Typical turn to plan for: chat, code, documents or agent."
+        ),
+    ] = "chat",
     prompt: Annotated[
-        int, typer.Option("-p", "--n-prompt", min=0, metavar="TOKENS", help="Prompt to forecast for.")
-    ] = 512,
+        int | None, typer.Option("-p", "--n-prompt", min=0, metavar="TOKENS", help="Prompt to plan for.")
+    ] = None,
     generate: Annotated[
-        int, typer.Option("-n", "--n-gen", min=0, metavar="TOKENS", help="Answer to forecast for.")
-    ] = 128,
+        int | None, typer.Option("-n", "--n-gen", min=0, metavar="TOKENS", help="Answer to plan for.")
+    ] = None,
     depth: Annotated[
-        int,
+        int | None,
         typer.Option("-d", "--n-depth", min=0, metavar="TOKENS", help="Conversation that went before it."),
-    ] = 0,
+    ] = None,
     what_if: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +93,13 @@ def plan(
         raise UsageError(
             f"--format {form} holds one plan, not two", hint="Leave out --compare-fit, or use --format json."
         )
-    request = make_request(model, flags, Workload(prompt, generate, depth))
+    usual = workload_named(workload)
+    turn = Workload(
+        prompt=usual.prompt if prompt is None else prompt,
+        generate=usual.generate if generate is None else generate,
+        depth=usual.depth if depth is None else depth,
+    )
+    request = make_request(model, flags, turn)
     paths = find_paths()
     planned = plan_model(replace(request, what_if=what_if), paths, note)
     fit = None
@@ -119,6 +131,12 @@ def _format(wanted: str, json_output: bool) -> str:
 def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
     from qnext.report.plan_view import plan_view
 
+    if planned.candidates:
+        from qnext.report.candidates_view import candidates_view
+
+        taken = planned.model.published
+        print_table(candidates_view(planned.candidates, taken.quant if taken else ""))
+        print_table("")
     print_table(plan_view(planned.plan))
     if fit is not None:
         from qnext.report.fit_view import fit_view
@@ -129,8 +147,10 @@ def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
 
 def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str) -> None:
     from qnext.plan.plan import plan_to_dict
+    from qnext.plan.quants import candidate_to_dict
 
     document: dict[str, Any] = {"schema": "qnext.plan/1", **plan_to_dict(planned.plan)}
+    document["candidates"] = [candidate_to_dict(candidate) for candidate in planned.candidates]
     if planned.surroundings.changes:
         document["what_if"] = list(planned.surroundings.changes)
     if fit is not None:

@@ -61,7 +61,7 @@ def pull(
         return
     bad: tuple[Place, ...] = ()
     if verify or repair:
-        with _bar("checking") as show:
+        with transfer_bar("checking") as show:
             good = check_wanted(wanted, show)
         bad = tuple(place for place, right in good.items() if not right)
         if verify:
@@ -88,7 +88,7 @@ def _fetch(model: str, wanted: Wanted, again: tuple[Place, ...], *, json_output:
         here = f", {format_bytes(right)} of it here" if right else ""
         note(f"fetching {wanted.quant.quant}: {files}, {format_bytes(size)}{here}, into {wanted.cache}")
     try:
-        with _bar("fetching") as show:
+        with transfer_bar("fetching") as show:
             report = fetch_wanted(wanted, show, again=again)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
@@ -177,7 +177,7 @@ def _here_words(place: Place) -> str:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[OnProgress]:
+def transfer_bar(label: str) -> Iterator[OnProgress]:
     """A bar on stderr with bytes, rate and time left, in a terminal only; what is waited for is its label."""
     if not sys.stderr.isatty():
         yield lambda progress: None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, progress_bar, stderr_console
 
@@ -58,6 +59,7 @@ def run(
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
+    yes: Yes = False,
     top_p: Annotated[
         float | None,
         typer.Option(
@@ -111,12 +113,13 @@ def run(
     if text is None and json_output:
         raise UsageError("--json needs a prompt", hint='Add --prompt "Hello", or pipe one in.')
     wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    request = make_request(model, flags)
+    paths = find_paths()
+    request = with_model_here(make_request(model, flags), paths, yes=yes)
     try:
         with progress_bar(f"loading {Path(model).name}") as show:
             chat = ChatRun(
                 request,
-                find_paths(),
+                paths,
                 note,
                 show,
                 command=sys.argv[1:],

@@ -10,7 +10,7 @@ from qnext.config import Paths
 from qnext.engine.dry_run import DryRunner
 from qnext.engine.log_reader import BufferSize
 from qnext.errors import DoesNotFitError, EngineError
-from qnext.pipeline.locate import LocatedModel, locate_model
+from qnext.pipeline.locate import LocatedModel, locate_models
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.choice import choose_placement
@@ -18,6 +18,7 @@ from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, explain_misfit, make_plan
 from qnext.plan.problem import make_problem
+from qnext.plan.quants import Candidate
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.turn import forecast
@@ -31,12 +32,16 @@ _DRY_RUN_ROUNDS = 4
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A plan with what it was made from, so that a later step can run it or make it again."""
+    """A plan with what it was made from, so that a later step can run it or make it again.
+
+    `candidates` are the quants it was chosen from, the best first; empty where there was no choice.
+    """
 
     model: LocatedModel
     surroundings: Surroundings
     problem: Problem
     plan: Plan
+    candidates: tuple[Candidate, ...] = ()
 
     def forecast(self, workload: Workload) -> Prediction:
         """What the plan's placement should reach on another workload than the one it was made for."""
@@ -46,28 +51,53 @@ class PlannedModel:
 
 def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
     """Plan `request` on its machine. Never raises for a model that does not fit: see `Plan.fits`."""
-    model = locate_model(request.model, paths)
+    models = locate_models(request.model, paths, notice)
     surroundings = look_around(request, paths, notice)
-    problem = make_problem(
-        model.header,
-        model.shape,
-        surroundings.machine,
-        _options(request, surroundings),
-        ram=request.ram,
-        vram=request.vram,
-        device_memory=request.device_memory,
-        rpc_servers=request.rpc_servers,
-        speeds=surroundings.speeds,
-    )
+
+    def problem_of(model: LocatedModel) -> Problem:
+        return make_problem(
+            model.header,
+            model.shape,
+            surroundings.machine,
+            _options(request, surroundings),
+            ram=request.ram,
+            vram=request.vram,
+            device_memory=request.device_memory,
+            rpc_servers=request.rpc_servers,
+            speeds=surroundings.speeds,
+        )
+
+    model, why = models[0], None
+    candidates: tuple[Candidate, ...] = ()
+    if len(models) > 1:
+        from qnext.pipeline.choosing import choose_model
+
+        model, candidates, why = choose_model(models, problem_of, request.prefer, request.min_tps)
+    problem = problem_of(model)
     if surroundings.build is None:
-        plan = make_plan(request.model, problem, surroundings.speeds)
+        plan = make_plan(model.ref, problem, surroundings.speeds)
         if not plan.fits:
             plan = explain_misfit(plan, problem, lambda changed: True)
     else:
         with closing(DryRunner(model.header, surroundings.build, paths.headers_dir)) as runner:
-            plan = _plan_measured(request.model, problem, surroundings.speeds, runner)
-    plan = replace(plan, warnings=(*surroundings.warnings, *plan.warnings))
-    return PlannedModel(model, surroundings, problem, plan)
+            plan = _plan_measured(model.ref, problem, surroundings.speeds, runner)
+    plan = replace(
+        plan,
+        argv=tuple(model.path if word == str(model.header.paths[0]) else word for word in plan.argv),
+        reasons=((why, *plan.reasons) if why else plan.reasons),
+        warnings=(*surroundings.warnings, *_known_faults(model), *plan.warnings),
+    )
+    return PlannedModel(model, surroundings, problem, plan, candidates)
+
+
+def _known_faults(model: LocatedModel) -> tuple[str, ...]:
+    """What the catalogue knows against this file."""
+    if model.published is None:
+        return ()
+    from qnext.models.catalogue import matching_repo
+
+    known = matching_repo(model.published.repo)
+    return tuple(f"{bad.files}: {bad.reason}" for bad in known.bad_files) if known else ()
 
 
 def _plan_measured(model_ref: str, problem: Problem, speeds: MachineSpeeds, runner: DryRunner) -> Plan:

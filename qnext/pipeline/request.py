@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qnext.errors import UsageError
 from qnext.plan.options import RepackPolicy, Wishes
+from qnext.plan.quants import Preference
 from qnext.plan.values import Override
 from qnext.units import parse_size
 
@@ -17,7 +18,8 @@ class Request(Wishes):
 
     `hardware` replaces this machine by a recorded one, `what_if` changes some of its facts (see
     `qnext.plan.what_if`); `rpc_servers` are `host:port` of llama.cpp workers,
-    each sized by `device_memory`. The remaining names are llama.cpp's.
+    each sized by `device_memory`. `prefer` and `min_tps` (decode, tokens per second) choose the quant where
+    `model` leaves it open. The remaining names are llama.cpp's.
     """
 
     model: str
@@ -30,6 +32,8 @@ class Request(Wishes):
     threads: int | None = None
     threads_batch: int | None = None
     repack: RepackPolicy | None = None
+    prefer: Preference = "balanced"
+    min_tps: float | None = None
 
 
 def parse_overrides(texts: tuple[str, ...]) -> tuple[Override, ...]:

@@ -150,8 +150,8 @@ def _where(placed: Placed, problem: Problem) -> str:
     moved = len(placement.cpu_expert_layers)
     on = " + ".join(placement.devices)
     if placement.n_gpu_layers <= shape.n_layer_all:
-        return f"{placement.n_gpu_layers} layers on {on}, experts in RAM"
-    return f"experts of {moved} of {shape.n_layer} layers in RAM" if moved else f"all on {on}"
+        return f"{placement.n_gpu_layers - 1}/{shape.n_layer} layers on {on}, no experts"
+    return f"{moved}/{shape.n_layer} layers' experts in RAM" if moved else f"all on {on}"
 
 
 def _decode(candidate: Candidate) -> float:
