@@ -1,14 +1,14 @@
-"""Fit the forecast's constants to published measurements, and say how wrong it is on machines it has not seen.
+"""Fit the forecast's constants to published measurements, and say how wrong it is on unseen machines.
 
-    scripts/qnext-python scripts/fit_speed.py [--json] [--write]
+    python scripts/fit_speed.py [--json] [--write]
 
 Each row of profiles/speeds/published.csv becomes a machine, a problem and a placement as in `qnext plan`; the
-terms of `qnext.plan.speed` are linear in the constants, so a few Gauss-Newton steps on the logarithms find them.
-Every constant is pulled towards a belief (`PRIORS`: value and how freely it may move), all backends' node costs
+terms of `qnext.plan.speed` are linear in the constants, so a few Gauss-Newton steps on the logarithms find
+them. Every constant is pulled towards a belief (value and how freely it may move), all backends' node costs
 towards each other, and every machine counts as one however many rows it has. Leave-one-machine-out: for each
-machine all constants and all ranges are found again without any of its rows. Only rows marked `judged` count in
-the error: those of the project's collection with a llama.cpp build from March 2026 on and a machine described
-well enough. The others only teach; builds before March 2026 share one factor for being old.
+machine all constants and all ranges are found again without any of its rows. Only rows marked `judged` count
+in the error (profiles/speeds/README.md says which and why); the others only teach. Builds before March 2026
+share a factor for being old.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import math
 import re
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,12 +31,14 @@ import numpy as np
 import yaml
 
 from qnext.hardware.machine import Cpu, Gpu, Machine, Memory
+from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape, read_shape
+from qnext.models.synth import synthesise
 from qnext.models.synth.imagined import imagined_header
+from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds
 from qnext.plan.options import PlanOptions
-from qnext.plan.plan import choose_placement
 from qnext.plan.problem import make_problem
 from qnext.plan.speed import active_work, decode_terms, prefill_terms, situation
 from qnext.plan.values import HOST, Override, Workload
@@ -63,6 +66,7 @@ DECODE_PRIORS = READING | {
     "crossing": (200_000.0, 0.4),
     "gpu_hop": (300_000.0, 0.7),
     "old": (1.28, 0.12),
+    "old_cpu": (2.5, 0.5),
 }
 PREFILL_PRIORS = {
     **{f"gpu_compute_{backend}": (1 / 11, 0.8) for backend in BACKENDS},
@@ -70,8 +74,10 @@ PREFILL_PRIORS = {
     "gpu_copy": (1 / 0.75, 0.25),
     "old_prefill": (1.2, 0.15),
 }
-"""Belief and the standard deviation of its logarithm, of every constant. Shares of bandwidth are those that dense
-models of 7 to 70 billion parameters reach in public tables; a node is some microseconds on anything."""
+"""Belief and the standard deviation of its logarithm, of every constant: what dense models reach of the
+bandwidth on such hardware, a microsecond or more per node. `old` is what the graph work of February and March
+2026 gained (20 to 38 %); without a GPU one change alone gained 50 % (llama.cpp pull request 19365), and users
+found CPUs "5x slower than expected" before (issues 17936, 19480), hence `old_cpu`."""
 TOGETHER = {"gpu_node_": 0.35, "gpu_compute_": 0.5}
 """How far (logarithm) constants of one kind are expected to lie from their mean over backends."""
 NOISE = 0.15
@@ -98,11 +104,19 @@ class Row:
 @cache
 def _header(shape: str, quant: str, size_gib: float) -> tuple[ModelHeader, ModelShape]:
     """The true shape in the nearest file type that can be imagined, its tensors scaled to the file's size."""
-    header = imagined_header(shape, quant)
+    name, _, layers = shape.partition(":")
+    header = imagined_header(name, quant) if not layers else _slice_header(name, quant, int(layers))
     scale = size_gib * GIB / sum(tensor.nbytes for tensor in header.tensors)
     tensors = tuple(replace(tensor, nbytes=round(tensor.nbytes * scale)) for tensor in header.tensors)
     header = replace(header, tensors=tensors, file_bytes=round(header.file_bytes * scale))
     return header, read_shape(header)
+
+
+def _slice_header(shape: str, quant: str, layers: int) -> ModelHeader:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slice.gguf"
+        synthesise(shape, path, quant=quant, layers=layers, header_only=True)
+        return read_header(path)
 
 
 def _machine(facts: Mapping[str, Any]) -> Machine:
@@ -167,22 +181,30 @@ def _row(entry: Mapping[str, str], facts: Mapping[str, Any]) -> Row:
         asked = Workload(int(entry["pp_tokens"]), 1, 0)
         terms["prefill"] = prefill_terms(load, shape, kinds, placed.placement, speeds, asked)
         measured["prefill"] = float(entry["pp_tps"])
+    where = situation(load)
     if entry["date"] < MARCH:
-        for of in terms.values():
-            of["old"] = 1.0
+        terms["decode"]["old_cpu" if where == "cpu" else "old"] = 1.0
+        if "prefill" in terms:
+            terms["prefill"]["old_prefill"] = 1.0
     name = f"{entry['quant']} {entry['build']}" + (f" at {depth}" if depth else "")
-    return Row(name, facts["machine"], entry["judged"] == "yes", situation(load), terms, measured)
+    return Row(name, facts["machine"], entry["judged"] == "yes", where, terms, measured)
 
 
-def _log_ns(terms: Mapping[str, float], constants: Mapping[str, float], old: str) -> float:
-    total = sum(amount * constants.get(name, 1.0) for name, amount in terms.items() if name != "old")
-    return math.log(total) + (math.log(constants[old]) if "old" in terms else 0.0)
+def _total_ns(terms: Mapping[str, float], constants: Mapping[str, float]) -> tuple[float, float]:
+    """Sum of a row's terms, and what being old multiplies it by."""
+    total = sum(amount * constants[name] for name, amount in terms.items() if not name.startswith("old"))
+    return total, math.prod(constants[name] for name in terms if name.startswith("old"))
+
+
+def _error(row: Row, of: str, constants: Mapping[str, float]) -> float:
+    """Logarithm of measured over forecast speed."""
+    total, age = _total_ns(row.terms[of], constants)
+    return math.log(row.measured[of] * total * age / 1e9)
 
 
 def fit(rows: Sequence[Row], of: str, known: Mapping[str, float]) -> dict[str, float]:
     """Constants of `decode` or `prefill`; `known` are those that are not sought."""
     priors = DECODE_PRIORS if of == "decode" else PREFILL_PRIORS
-    old = "old" if of == "decode" else "old_prefill"
     names = list(priors)
     rows = [row for row in rows if of in row.terms]
     count = {row.machine: sum(other.machine == row.machine for other in rows) for row in rows}
@@ -193,12 +215,9 @@ def fit(rows: Sequence[Row], of: str, known: Mapping[str, float]) -> dict[str, f
         constants = dict(known) | dict(zip(names, np.exp(theta), strict=True))
         residuals, slopes = [], []
         for row in rows:
-            error = _log_ns(row.terms[of], constants, old) + math.log(row.measured[of] / 1e9)
-            total = sum(a * constants.get(n, 1.0) for n, a in row.terms[of].items() if n != "old")
-            slope = [
-                (1.0 if "old" in row.terms[of] else 0.0)
-                if name == old
-                else row.terms[of].get(name, 0.0) * constants[name] / total
+            error, total = _error(row, of, constants), _total_ns(row.terms[of], constants)[0]
+            slope: list[float] = [
+                row.terms[of].get(name, 0.0) * (1.0 if name.startswith("old") else constants[name] / total)
                 for name in names
             ]
             # one outlier counts less than its square (Huber), and a machine as one
@@ -210,8 +229,8 @@ def fit(rows: Sequence[Row], of: str, known: Mapping[str, float]) -> dict[str, f
             slopes.append(np.eye(len(names))[position] / priors[name][1])
         for prefix, spread in TOGETHER.items():
             alike = np.array([name.startswith(prefix) for name in names], float)
-            for position in np.flatnonzero(alike):
-                slope_of = (np.eye(len(names))[position] - alike / alike.sum()) / spread
+            for place in np.flatnonzero(alike):
+                slope_of = (np.eye(len(names))[place] - alike / alike.sum()) / spread
                 residuals.append(float(slope_of @ theta))
                 slopes.append(slope_of)
         step = np.linalg.lstsq(np.array(slopes), -np.array(residuals), rcond=None)[0]
@@ -228,17 +247,11 @@ def fit_all(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _errors(rows: Sequence[Row], of: str, constants: Mapping[str, float]) -> list[tuple[Row, float]]:
-    """Logarithm of measured over forecast speed, for each row that has it."""
-    old = "old" if of == "decode" else "old_prefill"
-    return [
-        (row, math.log(row.measured[of] / 1e9) + _log_ns(row.terms[of], constants, old))
-        for row in rows
-        if of in row.terms
-    ]
+    return [(row, _error(row, of, constants)) for row in rows if of in row.terms]
 
 
 def unseen_errors(rows: Sequence[Row], of: str) -> list[tuple[Row, float]]:
-    """The same with constants fitted without any row of the machine: leave-one-machine-out."""
+    """Every row's error with constants fitted without any row of its machine: leave-one-machine-out."""
     found: list[tuple[Row, float]] = []
     for machine in dict.fromkeys(row.machine for row in rows):
         constants = fit_all([row for row in rows if row.machine != machine])
@@ -265,7 +278,7 @@ def ranges(errors: Sequence[tuple[Row, float]], of: str) -> dict[str, tuple[floa
 
 
 def judge(rows: Sequence[Row], of: str = "decode") -> list[dict[str, Any]]:
-    """Every row as its machine's unseen forecast: measured, forecast, range, error. Ranges leave it out too."""
+    """Every row beside the forecast, and its range, made without its machine."""
     table = []
     for machine in dict.fromkeys(row.machine for row in rows):
         rest = [row for row in rows if row.machine != machine]

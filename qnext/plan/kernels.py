@@ -1,11 +1,20 @@
-"""What llama.cpp's kernels make of a machine's rated speeds: the constants of the forecast, and how sure it is.
+"""What llama.cpp's kernels make of a machine's rated speeds: the forecast's constants, and how sure it is.
 
 A forecast is a sum of named terms, each a time at rated speed or a count, times one constant of `FITTED`:
-`*_read_*` say how many times longer than at full bandwidth reading takes, by kind of tensor type (plain floats
-and Q8_0 stream; 2- to 6-bit blocks need unpacking; codebook types need table look-ups), the others are
-nanoseconds. Because the sum is linear in the constants, they can be fitted to published measurements:
-`scripts/fit_speed.py` does it, from profiles/speeds/published.csv, and writes this table. They are few, bounded by
-what is physical and pulled towards stated beliefs, because the measurements are few too.
+
+- `*_read_*`: how many times longer than at full bandwidth reading takes, by kind of tensor type (floats and
+  Q8_0 stream, blocks of 2 to 6 bits need unpacking, codebook types need look-ups in tables);
+- `*_node*`, `crossing`, `gpu_hop`: nanoseconds for a graph node, for a layer whose experts are in RAM, for
+  each further GPU;
+- `gpu_compute_*`: bytes of bandwidth per operation of prefill; `cpu_compute`: times longer than at
+  `GFLOPS_PER_CORE`; `gpu_copy`: times longer than the link's rate, for all experts chosen evenly (below 1,
+  because tokens do not choose evenly and fewer are copied).
+
+Because the sum is linear in the constants, they can be fitted to published measurements:
+`scripts/fit_speed.py` does it, from profiles/speeds/published.csv, and writes this table. They are few,
+bounded by what is physical and pulled towards stated beliefs, because the measurements are few too. The ranges
+are as wide as 80 % of the measurements need whose machine was left out of the fit, by where the weights are
+(`qnext.plan.speed.situation`).
 """
 
 from __future__ import annotations
@@ -25,38 +34,38 @@ _BACKENDS = {"ROCm": "rocm", "Vulkan": "vulkan", "MTL": "metal", "Metal": "metal
 # fitted: begin
 FITTED: Mapping[str, float] = {
     "gpu_read_plain": 1.232,
-    "gpu_read_block": 1.34,
-    "gpu_read_lookup": 2.211,
-    "cpu_read_plain": 1.239,
-    "cpu_read_block": 1.317,
+    "gpu_read_block": 1.337,
+    "gpu_read_lookup": 2.187,
+    "cpu_read_plain": 1.24,
+    "cpu_read_block": 1.39,
     "cpu_read_lookup": 2.5,
-    "gpu_node_cuda": 1141,
-    "gpu_node_rocm": 2756,
-    "gpu_node_vulkan": 1271,
-    "gpu_node_metal": 1712,
-    "cpu_node": 1.008e04,
-    "crossing": 1.306e05,
-    "gpu_hop": 5.549e05,
-    "gpu_compute_cuda": 0.05818,
-    "gpu_compute_rocm": 0.05154,
-    "gpu_compute_vulkan": 0.04577,
-    "gpu_compute_metal": 0.0584,
-    "cpu_compute": 1.575,
-    "gpu_copy": 0.7533,
+    "gpu_node_cuda": 1125,
+    "gpu_node_rocm": 2786,
+    "gpu_node_vulkan": 1279,
+    "gpu_node_metal": 1771,
+    "cpu_node": 1402,
+    "crossing": 1.255e05,
+    "gpu_hop": 5.194e05,
+    "gpu_compute_cuda": 0.05955,
+    "gpu_compute_rocm": 0.05083,
+    "gpu_compute_vulkan": 0.04412,
+    "gpu_compute_metal": 0.06023,
+    "cpu_compute": 1.367,
+    "gpu_copy": 0.7478,
 }
-FIT_SOURCE = "fitted on 46 published measurements of 19 machines (profiles/speeds)"
-DATA_DIGEST = "261160012fe64a80"
+FIT_SOURCE = "fitted on 52 published measurements of 20 machines (profiles/speeds)"
+DATA_DIGEST = "71f6a26fd25ab9fc"
 DECODE_RANGE: Mapping[str, tuple[float, float]] = {
-    "gpu": (0.696, 1.437),
-    "gpus": (0.492, 2.033),
-    "mixed": (0.686, 1.457),
-    "cpu": (0.689, 1.451),
+    "gpu": (0.651, 1.536),
+    "gpus": (0.486, 2.059),
+    "mixed": (0.668, 1.497),
+    "cpu": (0.535, 1.870),
 }
 PREFILL_RANGE: Mapping[str, tuple[float, float]] = {
-    "gpu": (0.449, 2.229),
-    "gpus": (0.346, 2.893),
-    "mixed": (0.513, 1.949),
-    "cpu": (0.458, 2.185),
+    "gpu": (0.452, 2.215),
+    "gpus": (0.348, 2.877),
+    "mixed": (0.521, 1.920),
+    "cpu": (0.520, 1.922),
 }
 # fitted: end
 

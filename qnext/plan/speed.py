@@ -3,11 +3,11 @@
 Decode reads every active weight once per token: the routed experts that were chosen, all else in full, the
 cache up to the depth, the recurrent state. Each device reads its share at its own bandwidth, one after the
 other, slower where the tensor type needs unpacking. Every layer starts its graph nodes, which costs the same
-however small they are: for models with few active parameters that is most of a token's time. A layer whose
-experts are in RAM crosses to the CPU and back (only activations travel), a token crosses once to each further
-device. Prefill is bound by arithmetic, 2 operations per active parameter; a GPU first copies the CPU's experts
-over its link, once per ubatch, and reads the experts that a ubatch chose. The constants and how far they can be
-trusted are in `qnext.plan.kernels`.
+however small they are: for models with few active parameters that is much of a token's time. A layer whose
+experts are in RAM crosses to the CPU and back (only activations travel), a token crosses once to each
+further device. Prefill is bound by arithmetic, 2 operations per active parameter; a GPU first copies the
+CPU's experts over its link, once per ubatch, and reads the experts that a ubatch chose. The constants and
+how far they can be trusted are in `qnext.plan.kernels`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ GFLOPS_PER_CORE = {"avx512": 35.0, "avx2": 22.0, "other": 12.0}
 Cascade Lake Xeon (8 layers, 50 t/s) and 45 on a Sapphire Rapids (4 layers, 207 t/s), 2 cores each; the
 others are assumed."""
 UNPINNED_SHARE = 0.7
-"""Of a copy's rate, when the experts lie in a mapped file and not in pinned memory: pinning gave prefill 36 to
-56 % more on desktops with one GPU (public reports)."""
+"""Of a copy's rate, when the experts lie in a mapped file and not in pinned memory: pinning gave prefill 36
+to 56 % more on desktops with one GPU (public reports)."""
 OVERSUBSCRIBED_SHARE = 0.75
 """Of the bandwidth, with more decode threads than physical cores: two threads of a core wait for
 each other at every barrier, which can cost a quarter (public reports)."""
@@ -217,7 +217,7 @@ def situation(load: Load) -> str:
 
 
 def total_ns(terms: Mapping[str, float], constants: Mapping[str, float] = FITTED) -> float:
-    """Nanoseconds of all terms; a term without a constant is in nanoseconds already."""
+    """Nanoseconds of all terms; `rpc` is in nanoseconds already."""
     return sum(amount * constants.get(name, 1.0) for name, amount in terms.items())
 
 
