@@ -148,7 +148,15 @@ def _read(
     small = vocabulary is not None or one.number > 0
     source = open_remote(one.quant, one.file, first=HEAD_BYTES if small else 1 << 20, deadline=deadline)
     try:
-        header = read_shard(TwinSource(source, vocabulary) if vocabulary else source, one.number)
+        twin = TwinSource(source, vocabulary) if vocabulary else None
+        try:
+            header = read_shard(twin or source, one.number)
+        except ModelError:
+            if twin is None or not twin.borrowed:
+                raise
+            header = read_shard(
+                source, one.number
+            )  # let the file speak for itself before it is called broken
     except ModelError as error:
         return error
     log.info("%s: %d bytes in %d requests", one.name, source.fetched, source.requests)

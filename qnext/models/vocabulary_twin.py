@@ -3,9 +3,10 @@
 Of a published header 5 to 10 MB are tokens and merges, the same bytes in every quant of the model, and only
 their lengths matter to us: where the arrays end. So the first file is read whole, and of each other one the
 beginning and what follows the vocabulary. The bytes between are taken from the first file only if 4 KiB or
-more before and 16 KiB at the end are the very same at the same distance from each other. The parser then
-walks over them as over its own, so that what it accepts is bound by the same checks: the keys and the whole
-tensor table that follow were read from the file itself. Anything unlike falls back to reading it all.
+more at its beginning and 16 KiB at its end, with the key that follows, are the very same at the same distance
+from each other. The parser then walks over them as over its own; the keys and the whole tensor table that
+follow are read from the file itself. Taken on trust are only the counts of the arrays after the first, from
+which nothing is planned. Anything unlike falls back to reading it all.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ class RecordedSource:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The large arrays of a header that was read whole: `data[start:end]`, which begins with a key."""
+    """The large arrays of a header that was read whole: `data[start:end]`, which begins with a key. Where it
+    ends the next key is stored, `after` in length: an array may repeat one number, so that its last bytes
+    alone would be the same at another distance too."""
 
     data: bytes
     start: int
     end: int
+    after: int
 
 
 def find_vocabulary(recorded: RecordedSource, metadata: Mapping[str, object]) -> Vocabulary | None:
@@ -64,10 +68,11 @@ def find_vocabulary(recorded: RecordedSource, metadata: Mapping[str, object]) ->
         return None
     data = bytes(recorded.data)
     start = data.find(_stored(keys[first]))
-    end = data.find(_stored(keys[after]), start)
+    following = _stored(keys[after])
+    end = data.find(following, start)
     if start < 0 or end - start < 2 * HEAD_BYTES:
         return None
-    return Vocabulary(data, start, end)
+    return Vocabulary(data, start, end, len(following))
 
 
 class TwinSource:
@@ -109,8 +114,8 @@ class TwinSource:
         if head[place:] != known.data[known.start : len(head) - self._shift]:
             return 0
         end = known.end + self._shift - _SAME_TAIL
-        same = known.data[known.end - _SAME_TAIL : known.end]
-        if end <= len(head) or self._source.read(end, _SAME_TAIL) != same:
+        same = known.data[known.end - _SAME_TAIL : known.end + known.after]
+        if end <= len(head) or self._source.read(end, len(same)) != same:
             return 0
         return end
 
