@@ -38,10 +38,10 @@ def pull(
         bool, typer.Option("--json", metavar="", help="Print the result as JSON.")
     ] = False,
 ) -> None:
-    """Fetch a model from the Hugging Face Hub into the cache that all programs share.
+    """Fetch a model from the Hugging Face Hub, resumable and verified.
 
-    It goes on where an earlier download stopped, and a file gets its name only once its SHA-256 is right.
-    stdout gets the path of the file to load.
+    It goes into the cache that all programs share, on from where an earlier download stopped; a file gets its
+    name only once its SHA-256 is right. stdout gets the path of the file to load.
 
     Example: qnext pull unsloth/Qwen3-Next-80B-A3B-Instruct-GGUF:Q4_K_M
     """
