@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+import pytest
 
 from qnext.errors import QnextError
 from qnext.models.download import download
 from qnext.models.fetch import Patience
 from qnext.models.held import Place, find_places
 from qnext.models.published import QuantFile, RepoFile
-from tests.hub_server import Asked, HubServer, Reply
+from tests.hub_server import Asked, HubServer, Reply, hub_environment
 
 REPO = "user/repo-GGUF"
 QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.05, asked_s=30, idle_s=0.4)
@@ -84,6 +90,16 @@ class FaultyHub(HubServer):
         return reply
 
 
+def serve_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
+    """The body of a fixture: a server that this process and its children use as the Hub, without a token."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with FaultyHub(tmp_path / "hub") as server:
+        for name, value in hub_environment(server.endpoint, tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
 def random_bytes(size: int, seed: int) -> bytes:
     """Contents of a made-up model file."""
     return b"GGUF" + random.Random(seed).randbytes(size - 4)
@@ -141,6 +157,43 @@ def try_download(quant: QuantFile, cache: Path, patience: Patience = QUICK) -> s
         assert error.message and error.hint
         return f"{error.message} / {error.hint}"
     return "verified"
+
+
+_DOWNLOAD = """
+import json, sys
+from pathlib import Path
+from qnext.models.download import download
+from qnext.models.published import QuantFile, RepoFile
+quant = json.loads(sys.argv[1])
+files = tuple(RepoFile(**file) for file in quant.pop("files"))
+download(QuantFile(**quant, files=files), Path(sys.argv[2]))
+"""
+
+
+def start_download(quant: QuantFile, cache: Path) -> subprocess.Popen[bytes]:
+    """A download in a process of its own, which follows the environment."""
+    return subprocess.Popen([sys.executable, "-c", _DOWNLOAD, json.dumps(asdict(quant)), str(cache)])
+
+
+def kill_at(child: subprocess.Popen[bytes], place: Place, bytes_here: int) -> int:
+    """SIGKILL once so many bytes are on the disk; returns how many are."""
+    deadline = time.monotonic() + 30
+    while place.bytes_here() < bytes_here and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    return place.bytes_here()
+
+
+def mount_small_disk(place: Path, megabytes: int) -> bool:
+    """A filesystem of that size on `place`; False where that is not allowed. `unmount` takes it away."""
+    place.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+    return sys.platform == "linux" and subprocess.run(mount, capture_output=True).returncode == 0
+
+
+def unmount(place: Path) -> None:
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def corrupt_files(cache: Path) -> list[str]:
@@ -229,6 +282,24 @@ def cut(after: int) -> Alter:
     return alter
 
 
+def slow(bytes_per_s: float) -> Alter:
+    """No faster than this."""
+
+    def alter(asked: Asked, reply: Reply, hub: HubServer) -> None:
+        reply.bytes_per_s = bytes_per_s
+
+    return alter
+
+
+def fill_disk(disk: Path, left: int) -> Alter:
+    """Another program fills the disk but for so many bytes, into `disk/filler`, while the body is sent."""
+
+    def alter(asked: Asked, reply: Reply, hub: HubServer) -> None:
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - left))
+
+    return alter
+
+
 def answer(status: int, code: str = "", retry: str = "") -> Alter:
     """Only this status, with the Hub's error code or a Retry-After."""
 
@@ -275,7 +346,7 @@ def _chunked_half(asked: Asked, reply: Reply, hub: HubServer) -> None:
 
 
 def _wrong_bytes(asked: Asked, reply: Reply, hub: HubServer) -> None:
-    _become(reply, bytes(byte ^ 0x55 for byte in _body(reply)))
+    _become(reply, _body(reply).translate(bytes(range(255, -1, -1))))
 
 
 def _one_bit(asked: Asked, reply: Reply, hub: HubServer) -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +28,18 @@ from tests.hub_faults import (
     answer,
     corrupt_files,
     cut,
+    fill_disk,
+    kill_at,
     make_quant,
+    mount_small_disk,
     run_fault,
+    serve_faults,
+    slow,
+    start_download,
     try_download,
+    unmount,
 )
-from tests.hub_server import TOKEN, Asked, Reply, hub_environment
+from tests.hub_server import TOKEN
 
 SIZE = 700_000
 FAULTS = {fault.name: fault for fault in all_faults(SIZE)}
@@ -70,15 +73,7 @@ SOME = (
 )
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
-    """A server of one's own, used by this process and its children."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    with FaultyHub(tmp_path / "hub") as server:
-        for name, value in hub_environment(server.endpoint, tmp_path / "hf").items():
-            monkeypatch.setenv(name, value)
-        yield server
+hub = pytest.fixture(serve_faults)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -259,72 +254,39 @@ def test_a_filesystem_without_large_files_is_noticed_before_anything_is_asked(tm
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 48 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+    if not mount_small_disk(tmp_path / "disk", 48):
         pytest.skip("mounting a small tmpfs needs root on Linux")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield tmp_path / "disk"
+    unmount(tmp_path / "disk")
 
 
 def test_a_disk_that_fills_up_on_the_way_keeps_the_part(hub: FaultyHub, small_disk: Path) -> None:
     size = 8 << 20
     quant, _ = make_quant(hub, [size])
-    filler = small_disk / "filler"
-
-    def fill(asked: Asked, reply: Reply, server: object) -> None:
-        free = downloading.shutil.disk_usage(small_disk).free
-        filler.write_bytes(bytes(free - (2 << 20)))
-
-    hub.fault = Fault("", "error", fill, times=1)
+    hub.fault = Fault("", "error", fill_disk(small_disk, left=2 << 20), times=1)
     with pytest.raises(DownloadError, match=r"is full|filling up") as caught:
         download(quant, small_disk)
     assert "here and kept" in caught.value.message and "Free some space" in caught.value.hint
     (place,) = find_places(quant, small_disk)
     kept = place.bytes_here()
     assert 1 << 20 < kept < size
-    filler.unlink()
+    (small_disk / "filler").unlink()
     sent = hub.sent()
     download(quant, small_disk)
     assert hub.sent() - sent == size - kept
     assert corrupt_files(small_disk) == []
 
 
-_DOWNLOAD = """
-import json, sys
-from pathlib import Path
-from qnext.models.download import download
-from qnext.models.published import QuantFile, RepoFile
-quant = json.loads(sys.argv[1])
-files = tuple(RepoFile(**file) for file in quant.pop("files"))
-download(QuantFile(**quant, files=files), Path(sys.argv[2]))
-"""
-
-
-def _start(quant: QuantFile, cache: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", _DOWNLOAD, json.dumps(asdict(quant)), str(cache)])
-
-
 def test_after_kill_9_the_next_process_goes_on(hub: FaultyHub, tmp_path: Path) -> None:
     quant, _ = make_quant(hub, [3 << 20])
     (place,) = find_places(quant, tmp_path)
 
-    def slow(asked: Asked, reply: Reply, server: object) -> None:
-        reply.bytes_per_s = 2e6
-
-    hub.fault = Fault("", "verified", slow, times=1)
-    child = _start(quant, tmp_path)
-    deadline = time.monotonic() + 20
-    while place.bytes_here() < 1 << 20 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-    child.wait()
-    kept = place.bytes_here()
+    hub.fault = Fault("", "verified", slow(2e6), times=1)
+    kept = kill_at(start_download(quant, tmp_path), place, 1 << 20)
     assert 1 << 20 <= kept < place.file.size_bytes
     assert place.state() == "part"
     before = hub.sent()
-    assert _start(quant, tmp_path).wait(timeout=20) == 0
+    assert start_download(quant, tmp_path).wait(timeout=20) == 0
     assert corrupt_files(tmp_path) == []
     assert place.path.stat().st_size == place.file.size_bytes
     assert place.file.size_bytes - kept <= hub.sent(place.digest) - before + (1 << 20)
@@ -333,11 +295,8 @@ def test_after_kill_9_the_next_process_goes_on(hub: FaultyHub, tmp_path: Path) -
 def test_two_processes_fetch_one_file_once(hub: FaultyHub, tmp_path: Path) -> None:
     quant, _ = make_quant(hub, [1 << 20, 1 << 20])
 
-    def slow(asked: Asked, reply: Reply, server: object) -> None:
-        reply.bytes_per_s = 2e6
-
-    hub.fault = Fault("", "verified", slow)
-    children = [_start(quant, tmp_path) for _ in range(2)]
+    hub.fault = Fault("", "verified", slow(2e6))
+    children = [start_download(quant, tmp_path) for _ in range(2)]
     assert [child.wait(timeout=30) for child in children] == [0, 0]
     assert sum(one.sent for one in hub.log if one.at == "cdn") == quant.size_bytes
     assert corrupt_files(tmp_path) == []
