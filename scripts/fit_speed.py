@@ -23,6 +23,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -322,7 +323,7 @@ def write_constants(rows: Sequence[Row]) -> None:
     constants = {name: value for name, value in fit_all(rows).items() if not name.startswith("old")}
     lines = ["FITTED: Mapping[str, float] = {"]
     lines += [f'    "{name}": {value:.4g},' for name, value in constants.items()]
-    lines += ["}", f'FIT_SOURCE = "fitted on {len(rows)} published measurements of '
+    lines += ["}", f'FIT_SOURCE = "fitted {date.today()} on {len(rows)} measurements of '
               f'{len({row.machine for row in rows})} machines (profiles/speeds)"',
               f'DATA_DIGEST = "{data_digest()}"']  # fmt: skip
     for of, name in (("decode", "DECODE_RANGE"), ("prefill", "PREFILL_RANGE")):

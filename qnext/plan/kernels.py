@@ -12,9 +12,9 @@ A forecast is a sum of named terms, each a time at rated speed or a count, times
 
 Because the sum is linear in the constants, they can be fitted to published measurements:
 `scripts/fit_speed.py` does it, from profiles/speeds/published.csv, and writes this table. They are few,
-bounded by what is physical and pulled towards stated beliefs, because the measurements are few too. The ranges
-are as wide as 80 % of the measurements need whose machine was left out of the fit, by where the weights are
-(`qnext.plan.speed.situation`).
+bounded by what is physical and pulled towards stated beliefs, because the measurements are few too. The
+ranges are as wide as 80 % of the measurements need whose machine was left out of the fit, by where the weights
+are (`qnext.plan.speed.situation`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FITTED: Mapping[str, float] = {
     "cpu_compute": 1.367,
     "gpu_copy": 0.7478,
 }
-FIT_SOURCE = "fitted on 52 published measurements of 20 machines (profiles/speeds)"
+FIT_SOURCE = "fitted 2026-11-21 on 52 measurements of 20 machines (profiles/speeds)"
 DATA_DIGEST = "71f6a26fd25ab9fc"
 DECODE_RANGE: Mapping[str, tuple[float, float]] = {
     "gpu": (0.651, 1.536),

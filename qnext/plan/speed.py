@@ -20,6 +20,7 @@ from qnext.models.shape import ModelShape, is_expert, layer_of
 from qnext.plan.kernels import (
     ATTENTION_NODES,
     DECODE_RANGE,
+    FIT_SOURCE,
     FITTED,
     PREFILL_RANGE,
     RECURRENT_NODES,
@@ -190,7 +191,9 @@ def predict_speed(
         "layers_that_cross": sum(crossing.layers for crossing in load.crossings.values()),
         **{f"{part}_ms": round(ns / 1e6, 3) for part, ns in decode_parts(decode).items()},
     }
-    because = f"each token reads the active weights once; RAM bandwidth {speeds.ram_source}"
+    because = (
+        f"each token reads the active weights once; RAM bandwidth {speeds.ram_source}; constants {FIT_SOURCE}"
+    )
     copied = sum(crossing.bytes for name, crossing in load.crossings.items() if kinds[name] == "gpu")
     if copied:
         numbers["copied_bytes_per_ubatch"] = copied
