@@ -192,6 +192,25 @@ def test_a_file_gone_bad_is_named_and_replaced_only_by_a_good_one(hub: FaultyHub
     assert corrupt_files(tmp_path) == []
 
 
+def test_where_links_are_not_known_the_file_itself_stands_in_the_snapshot(
+    hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what FAT answers
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    quant, contents = make_quant(hub, [SIZE])
+    (place,) = download(quant, tmp_path)
+    assert place.path.is_file() and not place.path.is_symlink() and not place.blob.exists()
+    before = len(hub.log)
+    download(quant, tmp_path)
+    assert len(hub.log) == before
+    place.path.write_bytes(bytes(SIZE))
+    assert verify([place]) == {place: False}
+    download(quant, tmp_path, again=[place])
+    assert place.path.read_bytes() == contents[place.file.path]
+
+
 def test_offline_a_complete_model_is_given_and_an_incomplete_one_says_why(
     hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
