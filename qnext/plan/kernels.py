@@ -13,8 +13,8 @@ A forecast is a sum of named terms, each a time at rated speed or a count, times
 Because the sum is linear in the constants, they can be fitted to published measurements:
 `scripts/fit_speed.py` does it, from profiles/speeds/published.csv, and writes this table. They are few,
 bounded by what is physical and pulled towards stated beliefs, because the measurements are few too. The
-ranges are as wide as 80 % of the measurements need whose machine was left out of the fit, by where the weights
-are (`qnext.plan.speed.situation`).
+ranges are as wide as 80 % of the measurements need whose machine was left out of the fit, by where the
+weights are (`qnext.plan.speed.situation`).
 """
 
 from __future__ import annotations
