@@ -168,6 +168,21 @@ class PlanFlags:
             "--vram", metavar="SIZE", help="Memory to use at most on each GPU.", rich_help_panel=_MACHINE
         ),
     ] = None
+    ram_headroom: Annotated[
+        str | None,
+        typer.Option(
+            "--ram-headroom",
+            metavar="SIZE",
+            help="RAM to leave free of what there is; usually a sixteenth, at most 1G.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None
+    vram_headroom: Annotated[
+        str | None,
+        typer.Option(
+            "--vram-headroom", metavar="SIZE", help="The same on each GPU.", rich_help_panel=_MACHINE
+        ),
+    ] = None
     device_memory: Annotated[
         list[str] | None,
         typer.Option(
@@ -309,6 +324,8 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
         hardware=settings.hardware,
         ram=settings.ram_bytes,
         vram=settings.vram_bytes,
+        ram_headroom=_size(flags.ram_headroom),
+        vram_headroom=_size(flags.vram_headroom),
         device_memory=parse_device_memory(tuple(flags.device_memory or ())),
         rpc_servers=tuple(flags.rpc.split(",")) if flags.rpc else (),
         workload=workload or Workload(),
@@ -337,6 +354,12 @@ def workload_named(name: str) -> Workload:
     from qnext.plan.values import WORKLOADS
 
     return WORKLOADS[_one_of("--workload", name, tuple(WORKLOADS))]
+
+
+def _size(text: str | None) -> int | None:
+    from qnext.units import parse_size
+
+    return None if text is None else parse_size(text)
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:

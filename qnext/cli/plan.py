@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,9 @@ from qnext.errors import UsageError
 if TYPE_CHECKING:
     from qnext.pipeline.comparing import FitComparison
     from qnext.pipeline.planning import PlannedModel
+    from qnext.plan.levers import Lever, RunnerUp
+
+    _Why = tuple[RunnerUp | None, tuple[Lever, ...]]
 
 FORMATS = (
     "table",
@@ -72,6 +75,14 @@ def plan(
         bool,
         typer.Option("--compare-fit", metavar="", help="Show llama.cpp's own --fit beside the plan."),
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            metavar="",
+            help="Add the numbers, the next best plan, and what would change it most.",
+        ),
+    ] = False,
     format_: Annotated[
         str,
         typer.Option("--format", metavar="FORMAT", help=f"Print the plan as {', '.join(FORMATS[1:])}."),
@@ -85,7 +96,7 @@ def plan(
     Example: qnext plan model.gguf --vram 12G -c 65536
     """
     from qnext.config import find_paths
-    from qnext.pipeline.planning import plan_model, require_fit
+    from qnext.pipeline.planning import explain_plan, plan_model, require_fit
     from qnext.plan.values import Workload
 
     form = _format(format_, json_output)
@@ -101,16 +112,18 @@ def plan(
     )
     request = make_request(model, flags, turn)
     paths = find_paths()
-    planned = plan_model(replace(request, what_if=what_if), paths, note)
+    request = replace(request, what_if=what_if)
+    planned = plan_model(request, paths, note)
     fit = None
     if compare_fit:
         from qnext.pipeline.comparing import compare_fit as compare
 
         fit = compare(planned, paths, note)
+    why = explain_plan(planned, request) if explain else None
     if form == "table":
-        _print_tables(planned, fit)
+        _print_tables(planned, fit, why)
     elif form in ("json", "yaml"):
-        _print_document(planned, fit, form)
+        _print_document(planned, fit, form, why)
     else:
         require_fit(planned.plan)
         _print_export(planned, form)
@@ -128,7 +141,7 @@ def _format(wanted: str, json_output: bool) -> str:
     return wanted
 
 
-def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
+def _print_tables(planned: PlannedModel, fit: FitComparison | None, why: _Why | None) -> None:
     from qnext.report.plan_view import plan_view
 
     if planned.candidates:
@@ -138,6 +151,11 @@ def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
         print_table(candidates_view(planned.candidates, taken.quant if taken else ""))
         print_table("")
     print_table(plan_view(planned.plan))
+    if why is not None:
+        from qnext.report.explain_view import explain_view
+
+        print_table("")
+        print_table(explain_view(planned.plan, *why))
     if fit is not None:
         from qnext.report.fit_view import fit_view
 
@@ -145,7 +163,7 @@ def _print_tables(planned: PlannedModel, fit: FitComparison | None) -> None:
         print_table(fit_view(planned.plan, fit.plan, fit.error))
 
 
-def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str) -> None:
+def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str, why: _Why | None) -> None:
     from qnext.plan.plan import plan_to_dict
     from qnext.plan.quants import candidate_to_dict
 
@@ -153,6 +171,9 @@ def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str)
     document["candidates"] = [candidate_to_dict(candidate) for candidate in planned.candidates]
     if planned.surroundings.changes:
         document["what_if"] = list(planned.surroundings.changes)
+    if why is not None:
+        document["next_best"] = asdict(why[0]) if why[0] else None
+        document["levers"] = [asdict(lever) for lever in why[1]]
     if fit is not None:
         document["fit"] = {
             "flags": list(fit.flags),

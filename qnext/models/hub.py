@@ -44,6 +44,8 @@ def auth_headers() -> dict[str, str]:
 
     headers = {"User-Agent": "qnext"}
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if token and not (token.isascii() and token.isprintable()):
+        raise ModelError("the Hugging Face token holds characters that none has", hint="hf auth login")
     return {**headers, "Authorization": f"Bearer {token}"} if token else headers
 
 

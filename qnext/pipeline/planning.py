@@ -10,10 +10,13 @@ from qnext.config import Paths
 from qnext.engine.dry_run import DryRunner
 from qnext.engine.log_reader import BufferSize
 from qnext.errors import DoesNotFitError, EngineError
+from qnext.hardware import Machine
 from qnext.pipeline.locate import LocatedModel, locate_models
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.choice import choose_placement
+from qnext.plan.levers import Lever, RunnerUp, find_levers, runner_up
+from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, explain_misfit, make_plan
@@ -55,17 +58,7 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
     surroundings = look_around(request, paths, notice)
 
     def problem_of(model: LocatedModel) -> Problem:
-        return make_problem(
-            model.header,
-            model.shape,
-            surroundings.machine,
-            _options(request, surroundings),
-            ram=request.ram,
-            vram=request.vram,
-            device_memory=request.device_memory,
-            rpc_servers=request.rpc_servers,
-            speeds=surroundings.speeds,
-        )
+        return problem_on(surroundings.machine, model, request, surroundings)
 
     model, why = models[0], None
     candidates: tuple[Candidate, ...] = ()
@@ -88,6 +81,44 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
         warnings=(*surroundings.warnings, *_known_faults(model), *plan.warnings),
     )
     return PlannedModel(model, surroundings, problem, plan, candidates)
+
+
+def problem_on(
+    machine: Machine, model: LocatedModel, request: Request, surroundings: Surroundings
+) -> Problem:
+    """The problem of placing `model` as `request` wishes on the machine of `surroundings` or another."""
+    same = machine is surroundings.machine
+    options = _options(request, surroundings)
+    if not same:
+        decode, prefill = thread_counts(machine)
+        options = replace(
+            options,
+            threads=request.threads or decode,
+            threads_batch=request.threads_batch or request.threads or prefill,
+        )
+    return make_problem(
+        model.header,
+        model.shape,
+        machine,
+        options,
+        ram=request.ram,
+        vram=request.vram,
+        ram_headroom=request.ram_headroom,
+        vram_headroom=request.vram_headroom,
+        device_memory=request.device_memory,
+        rpc_servers=request.rpc_servers,
+        speeds=surroundings.speeds if same else machine_speeds(machine),
+    )
+
+
+def explain_plan(planned: PlannedModel, request: Request) -> tuple[RunnerUp | None, tuple[Lever, ...]]:
+    """The next best placement, and what a better machine would bring; both without dry runs."""
+    surroundings = planned.surroundings
+
+    def problem(machine: Machine) -> Problem:
+        return problem_on(machine, planned.model, request, surroundings)
+
+    return runner_up(problem(surroundings.machine)), find_levers(surroundings.machine, problem)
 
 
 def _known_faults(model: LocatedModel) -> tuple[str, ...]:

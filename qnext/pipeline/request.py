@@ -17,9 +17,10 @@ class Request(Wishes):
     """One request. None leaves the choice to the planner. Sizes in bytes.
 
     `hardware` replaces this machine by a recorded one, `what_if` changes some of its facts (see
-    `qnext.plan.what_if`); `rpc_servers` are `host:port` of llama.cpp workers,
-    each sized by `device_memory`. `prefer` and `min_tps` (decode, tokens per second) choose the quant where
-    `model` leaves it open. The remaining names are llama.cpp's.
+    `qnext.plan.what_if`). `ram_headroom` and `vram_headroom` are left free of what was detected, instead of
+    the usual margins. `rpc_servers` are `host:port` of llama.cpp workers, each sized by `device_memory`.
+    `prefer` and `min_tps` (decode, tokens per second) choose the quant where `model` leaves it open. The
+    remaining names are llama.cpp's.
     """
 
     model: str
@@ -27,6 +28,8 @@ class Request(Wishes):
     what_if: str | None = None
     ram: int | None = None
     vram: int | None = None
+    ram_headroom: int | None = None
+    vram_headroom: int | None = None
     device_memory: Mapping[str, int] = field(default_factory=dict)
     rpc_servers: tuple[str, ...] = ()
     threads: int | None = None

@@ -31,12 +31,15 @@ def make_budgets(
     *,
     ram: int | None = None,
     vram: int | None = None,
+    ram_headroom: int | None = None,
+    vram_headroom: int | None = None,
     device_memory: Mapping[str, int] | None = None,
     rpc_servers: tuple[str, ...] = (),
 ) -> tuple[Budget, ...]:
     """Host first, then the machine's GPUs, then one RPC device per server. Bytes throughout.
 
-    `ram` and `vram` (for every GPU) replace what was detected, `device_memory` one device by engine name. An
+    `ram` and `vram` (for every GPU) replace what was detected, `device_memory` one device by engine name;
+    `ram_headroom` and `vram_headroom` replace the margins that are left of what was detected. An
     RPC device needs its size from `device_memory`: a worker on a CPU reports the whole machine's RAM. Devices
     are numbered over all workers, each of which is taken to offer one, but buffers by worker. Where
     CPU and GPU share one memory, what the GPUs may use is taken off the host's share, unless both are named.
@@ -46,14 +49,14 @@ def make_budgets(
     host = named.pop(HOST, ram)
     forced = host is not None
     if host is None:
-        host = _less_margin(_host_bytes(machine), HOST_MARGIN_SHARE, HOST_MARGIN_BYTES)
+        host = _less_margin(_host_bytes(machine), HOST_MARGIN_SHARE, HOST_MARGIN_BYTES, ram_headroom)
     gpus = []
     for position, gpu in enumerate(machine.gpus):
         name = engine_name(gpu, position)
         size = named.pop(name, vram)
         both_named = forced and size is not None
         if size is None:
-            size = _shared_bytes(gpu, host) if machine.unified_memory else _gpu_bytes(gpu)
+            size = _shared_bytes(gpu, host) if machine.unified_memory else _gpu_bytes(gpu, vram_headroom)
         if machine.unified_memory and not both_named:
             host = max(0, host - size)
         gpus.append(Budget(name, "gpu", size, name))
@@ -81,13 +84,13 @@ def _host_bytes(machine: Machine) -> int:
     raise HardwareError("this machine's RAM could not be read", hint="Say how much may be used: --ram 32G.")
 
 
-def _gpu_bytes(gpu: Gpu) -> int:
+def _gpu_bytes(gpu: Gpu, headroom: int | None) -> int:
     free = gpu.vram_free_bytes if gpu.vram_free_bytes is not None else gpu.vram_total_bytes
     if free is None:
         raise HardwareError(
             f"the memory of {gpu.name or 'a GPU'} could not be read", hint="Say how much it has: --vram 16G."
         )
-    return _less_margin(free, GPU_MARGIN_SHARE, GPU_MARGIN_BYTES)
+    return _less_margin(free, GPU_MARGIN_SHARE, GPU_MARGIN_BYTES, headroom)
 
 
 def _shared_bytes(gpu: Gpu, host: int) -> int:
@@ -103,6 +106,6 @@ def engine_name(gpu: Gpu, position: int) -> str:
     return f"{_ENGINE_NAMES.get(gpu.kind or 'cuda', 'CUDA')}{index}"
 
 
-def _less_margin(size: int, share: int, limits: tuple[int, int]) -> int:
-    margin = min(max(size // share, limits[0]), limits[1])
+def _less_margin(size: int, share: int, limits: tuple[int, int], headroom: int | None) -> int:
+    margin = min(max(size // share, limits[0]), limits[1]) if headroom is None else headroom
     return max(size - margin, 0)

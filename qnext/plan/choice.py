@@ -17,22 +17,25 @@ def choose_placement(problem: Problem) -> Placed:
     often, and its buffer takes the room of other experts. Less context and ubatch never need more memory: if
     the smallest do not fit, nothing between is worth trying.
     """
+    fitting = fitting_placements(problem)
+    if fitting:
+        return fitting[0]
+    return find_placement(problem, _base(problem, _contexts(problem)[-1], _ubatches(problem)[-1]))
+
+
+def fitting_placements(problem: Problem) -> list[Placed]:
+    """Placements for the first context that fits, one for each ubatch that does, shortest turn first."""
     contexts, ubatches = _contexts(problem), _ubatches(problem)
-    smallest: Placed | None = None
     for context in contexts:
         placed = [find_placement(problem, _base(problem, context, ubatch)) for ubatch in ubatches]
-        fitting = [candidate for candidate in placed if candidate.fits]
+        fitting = [pack_experts(problem, candidate) for candidate in placed if candidate.fits]
         if fitting:
-            packed = [pack_experts(problem, candidate) for candidate in fitting]
-            return min(packed, key=lambda candidate: placed_seconds(problem, candidate))
-        if len(contexts) == 1:
-            return placed[0] if len(ubatches) == 1 else placed[-1]
-        if smallest is None:
+            return sorted(fitting, key=lambda candidate: placed_seconds(problem, candidate))
+        if context == contexts[0] and len(contexts) > 1:
             smallest = find_placement(problem, _base(problem, contexts[-1], ubatches[-1]))
             if not smallest.fits:
-                return smallest
-    assert smallest is not None
-    return smallest
+                break
+    return []
 
 
 def _contexts(problem: Problem) -> list[int]:

@@ -14,6 +14,9 @@ from qnext.plan.speed import MachineSpeeds
 PCIE_GEN1_LANE_BPS = 250_000_000
 """Bytes per second of one PCIe lane of the first generation; each later one doubles it."""
 
+FASTEST_PCIE_GEN = 5
+"""The latest generation that boards and cards are sold with."""
+
 RATED_SHARE = 0.8
 """Part of the rated RAM bandwidth that a read loop reaches on an ordinary desktop."""
 

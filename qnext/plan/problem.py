@@ -36,12 +36,22 @@ def make_problem(
     *,
     ram: int | None = None,
     vram: int | None = None,
+    ram_headroom: int | None = None,
+    vram_headroom: int | None = None,
     device_memory: Mapping[str, int] | None = None,
     rpc_servers: tuple[str, ...] = (),
     speeds: MachineSpeeds | None = None,
 ) -> Problem:
     """The problem with the machine's free memory as budgets, or what the user names (see `make_budgets`)."""
-    budgets = make_budgets(machine, ram=ram, vram=vram, device_memory=device_memory, rpc_servers=rpc_servers)
+    budgets = make_budgets(
+        machine,
+        ram=ram,
+        vram=vram,
+        ram_headroom=ram_headroom,
+        vram_headroom=vram_headroom,
+        device_memory=device_memory,
+        rpc_servers=rpc_servers,
+    )
     traits = {HOST: host_traits(machine.cpu.instruction_sets or ())}
     for budget in budgets:
         if budget.name != HOST:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 
 _SOURCES = {
-    "roofline": "bytes each token reads, over the memory's bandwidth; the range is in brackets",
+    "roofline": "bytes read and sums done at this machine's rates, fitted on published measurements; in "
+    "brackets the range that held for four of five machines left out of the fit",
     "slice": "measured on a few layers of true shape; the range is in brackets",
     "history": "earlier runs here; the range is in brackets",
 }
