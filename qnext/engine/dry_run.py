@@ -19,7 +19,6 @@ from qnext.engine.log_reader import BufferSize, read_buffer_sizes
 from qnext.engine.session import EngineSession
 from qnext.errors import EngineError
 from qnext.models.header import ModelHeader
-from qnext.models.synth.stand_in import write_stand_in
 from qnext.plan.values import Placement
 
 
@@ -68,6 +67,8 @@ class DryRunner:
     def _file(self) -> Path:
         if self._header.paths and self._header.paths[0].exists():
             return self._header.paths[0]
+        from qnext.models.synth.stand_in import write_stand_in
+
         write_stand_in(self._header, self._stand_in)
         return self._stand_in
 

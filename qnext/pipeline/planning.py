@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from qnext.config import Paths
 from qnext.engine.dry_run import DryRunner
@@ -15,18 +16,20 @@ from qnext.pipeline.locate import LocatedModel, locate_models
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.choice import choose_placement
-from qnext.plan.levers import Lever, RunnerUp, find_levers, runner_up
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions, Wishes
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, explain_misfit, make_plan
 from qnext.plan.problem import make_problem
-from qnext.plan.quants import Candidate
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, Placement, Prediction, Workload
 from qnext.units import format_bytes
+
+if TYPE_CHECKING:
+    from qnext.plan.levers import Lever, RunnerUp
+    from qnext.plan.quants import Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,8 @@ def problem_on(
 
 def explain_plan(planned: PlannedModel, request: Request) -> tuple[RunnerUp | None, tuple[Lever, ...]]:
     """The next best placement, and what a better machine would bring; both without dry runs."""
+    from qnext.plan.levers import find_levers, runner_up
+
     surroundings = planned.surroundings
 
     def problem(machine: Machine) -> Problem:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qnext.errors import UsageError
 from qnext.plan.options import RepackPolicy, Wishes
-from qnext.plan.quants import Preference
 from qnext.plan.values import Override
 from qnext.units import parse_size
+
+if TYPE_CHECKING:
+    from qnext.plan.quants import Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
