@@ -17,8 +17,10 @@ from qnext.cli.output import note, print_json, print_table
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
+    from qnext.config import Paths
     from qnext.pipeline.comparing import FitComparison
     from qnext.pipeline.planning import PlannedModel
+    from qnext.pipeline.request import Request
     from qnext.plan.levers import Lever, RunnerUp
 
     _Why = tuple[RunnerUp | None, tuple[Lever, ...]]
@@ -43,8 +45,20 @@ _MACHINE_PANEL = "Machine"
 
 @takes_plan_flags
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    all_models: Annotated[
+        bool,
+        typer.Option(
+            "--all", metavar="", help="Rank the catalogue's models for this machine, instead of one MODEL."
+        ),
+    ] = False,
+    online: Annotated[
+        bool,
+        typer.Option(
+            "--online", metavar="", help="With --all: read published headers of models not described here."
+        ),
+    ] = False,
     workload: Annotated[
         str,
         typer.Option(
@@ -100,6 +114,16 @@ def plan(
     from qnext.plan.values import Workload
 
     form = _format(format_, json_output)
+    if (model is None) is not all_models:
+        raise UsageError(
+            "MODEL and --all exclude each other" if all_models else "nothing to plan: no MODEL",
+            hint="Name one model: qnext plan MODEL; or rank all that are known: qnext plan --all.",
+        )
+    if online and not all_models:
+        raise UsageError("--online is for --all", hint="A named model's headers are read as needed.")
+    if all_models and (compare_fit or explain or form not in ("table", "json")):
+        other = "--compare-fit" if compare_fit else "--explain" if explain else f"--format {form}"
+        raise UsageError(f"{other} is for one model", hint="Leave it out, or name a MODEL.")
     if compare_fit and form not in ("table", "json", "yaml"):
         raise UsageError(
             f"--format {form} holds one plan, not two", hint="Leave out --compare-fit, or use --format json."
@@ -110,9 +134,11 @@ def plan(
         generate=usual.generate if generate is None else generate,
         depth=usual.depth if depth is None else depth,
     )
-    request = make_request(model, flags, turn)
+    request = replace(make_request(model or "", flags, turn), what_if=what_if)
     paths = find_paths()
-    request = replace(request, what_if=what_if)
+    if all_models:
+        _rank(request, paths, online=online, json_output=form == "json")
+        return
     planned = plan_model(request, paths, note)
     fit = None
     if compare_fit:
@@ -128,6 +154,20 @@ def plan(
         require_fit(planned.plan)
         _print_export(planned, form)
     require_fit(planned.plan)
+
+
+def _rank(request: Request, paths: Paths, *, online: bool, json_output: bool) -> None:
+    from qnext.pipeline.ranking import rank_models, ranking_to_dict
+
+    ranking = rank_models(request, paths, note, online=online)
+    for warning in ranking.surroundings.warnings:
+        note(warning)
+    if json_output:
+        print_json({"schema": "qnext.ranking/1", **ranking_to_dict(ranking)})
+    else:
+        from qnext.report.ranking_view import ranking_view
+
+        print_table(ranking_view(ranking))
 
 
 def _format(wanted: str, json_output: bool) -> str:

@@ -19,7 +19,7 @@ def choose_model(
     min_tps: float | None,
 ) -> tuple[LocatedModel, tuple[Candidate, ...], Reason | None]:
     """(the quant to take, all of them weighed with the best first, why); the smallest where none fits."""
-    weighed = [(weigh(_offer(model, make_problem(model))), model) for model in models]
+    weighed = [(weigh_model(model, make_problem(model)), model) for model in models]
     weighed.sort(key=lambda pair: (pair[0].quality, pair[0].size_bytes), reverse=True)
     candidates = tuple(candidate for candidate, _ in weighed)
     chosen, reason = choose_quant(candidates, prefer, min_tps)
@@ -28,10 +28,11 @@ def choose_model(
     return next(model for candidate, model in weighed if candidate is chosen), candidates, reason
 
 
-def _offer(model: LocatedModel, problem: Problem) -> Offer:
+def weigh_model(model: LocatedModel, problem: Problem) -> Candidate:
+    """One quant of a model, planned and with what is known of its quality."""
     published = model.published
     name = published.quant if published else model.shape.quant or "unknown"
     size = published.size_bytes if published else model.header.file_bytes
     parameters = sum(prod(tensor.shape) for tensor in model.header.tensors)
     quality = quality_of(name, model.shape.arch, size_bytes=size, params=parameters)
-    return Offer(name, size, problem, quality.score, quality.word, quality.poor, quality.source)
+    return weigh(Offer(name, size, problem, quality.score, quality.word, quality.poor, quality.source))
