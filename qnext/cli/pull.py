@@ -23,7 +23,12 @@ _LABEL_WIDTH = 42
 
 def pull(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="What to fetch: USER/REPO:QUANT, as on the Hub.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="What to fetch: USER/REPO:QUANT, as on the Hub, or a name from the catalogue. Without QUANT: "
+            "the one that qnext plan takes on this machine.",
+        ),
     ],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Show files, sizes and what is here; fetch nothing.")
@@ -51,7 +56,19 @@ def pull(
 
     if dry_run + verify + repair > 1:
         raise UsageError("--dry-run, --verify and --repair exclude each other.", hint="Give one of them.")
-    wanted = find_wanted(model, find_paths())
+    paths = find_paths()
+
+    def choose() -> str:
+        from qnext.cli.flags import PlanFlags, make_request
+        from qnext.pipeline.pulling import choose_here
+
+        nonlocal model
+        quant = choose_here(make_request(model, PlanFlags()), paths, note)
+        model = f"{model}:{quant}"  # what is named from here on is what was chosen
+        return quant
+
+    # What to check is what is there, which need not be what would be taken now.
+    wanted = find_wanted(model, paths, choose=None if verify or repair else choose)
     if dry_run:
         if json_output:
             print_json({"schema": "qnext.pull/1", **describe(wanted)})

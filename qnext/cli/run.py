@@ -11,6 +11,7 @@ import typer
 from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, progress_bar, stderr_console
+from qnext.cli.propose import propose_model, require_someone
 
 if TYPE_CHECKING:
     from qnext.pipeline.chat import ChatRun
@@ -20,8 +21,11 @@ _SAMPLING = "Sampling (what is not given comes from the file)"
 
 @takes_plan_flags
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Left out: the best one for this machine."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +111,8 @@ def run(
     from qnext.errors import UsageError
     from qnext.pipeline.chat import ChatRun
 
+    if model is None:
+        require_someone()
     text = _prompt_text(prompt)
     if text is not None and not text.strip():
         raise UsageError("the prompt is empty", hint='Give one: --prompt "Hello".')
@@ -114,9 +120,12 @@ def run(
         raise UsageError("--json needs a prompt", hint='Add --prompt "Hello", or pipe one in.')
     wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     paths = find_paths()
-    request = with_model_here(make_request(model, flags), paths, yes=yes)
+    request = make_request(model or "", flags)
+    if model is None:
+        request = propose_model(request, paths, yes=yes)
+    request = with_model_here(request, paths, yes=yes)
     try:
-        with progress_bar(f"loading {Path(model).name}") as show:
+        with progress_bar(f"loading {Path(model or request.model).name}") as show:
             chat = ChatRun(
                 request,
                 paths,

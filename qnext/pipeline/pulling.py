@@ -6,20 +6,24 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qnext.config import Paths
-from qnext.errors import ModelError, UsageError
+from qnext.errors import DoesNotFitError, ModelError, UsageError
+from qnext.models.catalogue import find_model, matching_repo, nearest_models
 from qnext.models.download import OnProgress, check_space, download, state_digests, verify
 from qnext.models.held import Place, find_places
 from qnext.models.hub import list_repo
 from qnext.models.hub_cache import hub_folder
-from qnext.models.hub_ref import parse_ref
+from qnext.models.hub_ref import HubRef, parse_ref
 from qnext.models.published import Listing, QuantFile
 from qnext.models.quant_names import pick_quant
+from qnext.pipeline.request import Request
+from qnext.pipeline.surroundings import Notice
+from qnext.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +62,28 @@ class Wanted:
             return None
 
 
-def find_wanted(model: str, paths: Paths, environ: Mapping[str, str] | None = None) -> Wanted:
-    """The files that `model` (`user/repo:QUANT`) names on the Hub. Raises UsageError, ModelError and
-    DownloadError; a repository with several quants needs one named."""
-    ref = parse_ref(model)
-    if ref is None:
-        raise UsageError(
-            f"'{model}' does not name a repository on the Hub", hint="Write USER/REPO:QUANT, as on the Hub."
-        )
+def find_wanted(
+    model: str,
+    paths: Paths,
+    environ: Mapping[str, str] | None = None,
+    choose: Callable[[], str] | None = None,
+) -> Wanted:
+    """The files that `model` (`user/repo:QUANT`, or a name of the catalogue) names on the Hub.
+
+    Of several quants `choose` names one; without it one has to be named. Raises UsageError, ModelError,
+    DownloadError and what `choose` raises.
+    """
+    ref = _hub_ref(model)
     listing = list_repo(ref, paths.cache_dir / "listings")
     wanted = ref.path or ref.quant
-    quant = pick_quant(listing, wanted) if wanted else _only_quant(listing)
+    if wanted is None and len(listing.quants) > 1:
+        try:
+            wanted = choose() if choose is not None else None
+        except ModelError as error:
+            raise _unnamed(listing, f"; none could be chosen: {error.message}") from error
+        if wanted is None:
+            raise _unnamed(listing, "")
+    quant = pick_quant(listing, wanted) if wanted else listing.quants[0]
     cache = hub_folder(os.environ if environ is None else environ)
     return Wanted(quant, find_places(state_digests(quant), cache), cache, ref.revision or "main")
 
@@ -118,12 +133,51 @@ def describe(wanted: Wanted, good: Mapping[Place, bool] | None = None) -> dict[s
     }
 
 
-def _only_quant(listing: Listing) -> QuantFile:
-    if len(listing.quants) == 1:
-        return listing.quants[0]
+def choose_here(request: Request, paths: Paths, notice: Notice) -> str:
+    """The quant of `request.model` that `qnext plan` takes on this machine; `notice` is told which and why.
+
+    Raises DoesNotFitError when none fits, and what `plan_model` raises.
+    """
+    from qnext.pipeline.planning import plan_model
+
+    planned = plan_model(request, paths, notice)
+    assert planned.model.published is not None
+    quant = planned.model.published.quant
+    if not planned.plan.fits:
+        missing = ", ".join(f"{format_bytes(size)} on {name}" for name, size in planned.plan.missing.items())
+        raise DoesNotFitError(
+            f"no quant of {request.model} fits this machine: {quant} lacks {missing}",
+            hint=f"To fetch one for another machine, name it: qnext pull {request.model}:{quant}",
+        )
+    why = next((one.because for one in planned.plan.reasons if one.what.startswith("quant ")), "")
+    notice(f"taking {quant}: {why or 'the only one with a header that can be read'}")
+    return quant
+
+
+def _hub_ref(model: str) -> HubRef:
+    name, _, quant = model.partition(":")
+    ref = parse_ref(model)
+    known = find_model(name) if ref is None else matching_repo(ref.repo)
+    if ref is not None:
+        if known is not None and ref.repo.lower() == known.original.lower():
+            raise ModelError(
+                f"{ref.repo} holds no GGUF: it is the makers' own repository",
+                hint=f"qnext pull {known.repo}",
+            )
+        return ref
+    if known is not None:
+        return HubRef(known.repo, quant=quant or None)
+    near = nearest_models(name)
+    raise UsageError(
+        f"'{model}' names neither a repository on the Hub nor a model of the catalogue",
+        hint=(f"Did you mean {near[0]}? " if near else "") + "Write USER/REPO:QUANT, as on the Hub.",
+    )
+
+
+def _unnamed(listing: Listing, why: str) -> ModelError:
     names = [quant.quant for quant in listing.quants]
     common = next((name for name in names if re.search("Q4_K_M", name)), names[0])
-    raise ModelError(
-        f"{listing.repo} has {len(names)} quants: {', '.join(names)}",
+    return ModelError(
+        f"{listing.repo} has {len(names)} quants: {', '.join(names)}{why}",
         hint=f"Name one: qnext pull {listing.repo}:{common}",
     )

@@ -114,15 +114,15 @@ def rank_models(
             ranked = by_size if by_size.candidate.fits else ranked
         entries.append(ranked)
     words = (
-        f"forecast to decode {floor:g} t/s or more in a quant that is not poor; then what fits by size alone; "
-        "then the slow and the poor; then what does not fit, by what it lacks. "
+        f"forecast to decode {floor:g} t/s or more in a quant that is not poor; "
+        "then what fits by size alone; then the slow and the poor; then what does not fit, by what it lacks. "
         "Within each: more parameters first, then better quality, then faster."
     )
     return Ranking(tuple(sorted(entries, key=_order)), words, around)
 
 
 def tier_of(candidate: Candidate, floor: float) -> Tier:
-    """Where a planned candidate belongs; `floor` is the slowest decode to put up with, in tokens per second."""
+    """Where a planned candidate belongs; `floor` is the slowest decode to put up with, in t/s."""
     if not candidate.fits:
         return "too large"
     decode = candidate.prediction.decode_tps if candidate.prediction else None

@@ -41,7 +41,7 @@ def ranking_view(ranking: Ranking) -> RenderableType:
         for one in entries:
             parts.append(Text(_line(one, width), style="dim" if tier == "too large" else ""))
             if one.candidate.fits and one.basis != "size":
-                parts.append(Padding(Text(_details(one), style="dim"), (0, 0, 0, 2)))
+                parts.append(Padding(Text(_details(one), style="dim"), (0, 0, 0, 2), expand=False))
     parts += [Text(), Text(f"Order: {ranking.order}", style="dim")]
     if ranking.best is not None:
         parts.append(Text(f"The first one in full: qnext plan {ranking.best.ref}", style="dim"))
