@@ -65,7 +65,7 @@ def propose_model(request: Request, paths: Paths, *, yes: bool) -> Request:
 
 
 _EACH = {
-    "good": "fit and answer fast enough in a good quant",
+    "good": "fit and answer fast enough in a quant that is not poor,",
     "by size": "fit by size (an estimate)",
     "slow or poor": "fit, though slow or in a poor quant,",
 }

@@ -26,7 +26,7 @@ def pull(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="What to fetch: USER/REPO:QUANT, as on the Hub, or a name from the catalogue. Without QUANT: "
+            help="What to fetch: USER/REPO:QUANT, as on the Hub, or a catalogue name. Without QUANT: "
             "the one that qnext plan takes on this machine.",
         ),
     ],

@@ -104,3 +104,44 @@ def test_compute_buffers_of_a_published_model_come_from_the_dry_run(
 def test_a_name_that_is_none_names_the_nearest(qnext: Qnext) -> None:
     done = qnext("plan", "qwen3-nxt-80b")
     assert done.returncode == 5 and "qwen3-next-80b-a3b" in done.stderr
+
+
+def test_pull_takes_the_quant_that_plan_takes_here(qnext: Qnext, ladder: HubServer) -> None:
+    planned = json.loads(qnext("plan", REPO, "--json").stdout)
+    shown = json.loads(qnext("pull", REPO, "--dry-run", "--json").stdout)
+    assert shown["quant"] == planned["model"]["quant"] and not shown["complete"]
+    done = qnext("pull", REPO)
+    assert done.returncode == 0, done.stderr
+    (why,) = (line for line in done.stderr.splitlines() if "taking" in line)
+    assert shown["quant"] in why and "quality" in why
+    assert Path(done.stdout.strip()).name == f"Tiny-Next-{shown['quant']}.gguf"
+    # What is checked is not chosen anew: the machine may have less memory free than it had.
+    checked = qnext("pull", REPO, "--verify")
+    assert checked.returncode == 5 and "Name one" in checked.stderr
+
+
+def test_pull_refuses_where_no_quant_fits_unless_one_is_named(qnext: Qnext, ladder: HubServer) -> None:
+    refused = qnext("pull", REPO, env={"QNEXT_RAM": "16M"})
+    assert refused.returncode == 4 and f"qnext pull {REPO}:" in refused.stderr
+    assert qnext("pull", f"{REPO}:Q8_0", "--dry-run", env={"QNEXT_RAM": "16M"}).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "GPT-oss:q4_k_m"])
+def test_pull_knows_names_and_aliases_of_the_catalogue(
+    qnext: Qnext, ladder: HubServer, tmp_path: Path, name: str
+) -> None:
+    files = {f"gpt-oss-20b-{quant}.gguf": tmp_path / f"{quant}.gguf" for quant in QUANTS}
+    ladder.add_repo("unsloth/gpt-oss-20b-GGUF", files)
+    shown = qnext("pull", name, "--dry-run", "--json")
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads(shown.stdout)
+    assert report["repo"] == "unsloth/gpt-oss-20b-GGUF"
+    assert report["quant"] == "Q4_K_M" or "taking" in shown.stderr
+
+
+def test_pull_names_what_was_meant(qnext: Qnext, hub: HubServer) -> None:  # noqa: F811
+    mistyped = qnext("pull", "qwen3-nxt-80b")
+    assert mistyped.returncode == 2 and "qwen3-next-80b-a3b" in mistyped.stderr
+    original = qnext("pull", "Qwen/Qwen3-Next-80B-A3B-Instruct")
+    assert original.returncode == 5 and "-GGUF" in original.stderr
+    assert not hub.log
