@@ -49,7 +49,8 @@ def propose_model(request: Request, paths: Paths, *, yes: bool) -> Request:
         )
         if yes or typer.confirm("Run it?", default=True, err=True):
             return replace(request, model=held.path)
-    best = rank_models(request, paths, note, surroundings=around).best
+    refused = held.repo if held is not None else None
+    best = rank_models(request, paths, note, surroundings=around).best(but=refused)
     if best is None:
         raise DoesNotFitError(
             "no model of the catalogue fits this machine",

@@ -24,10 +24,11 @@ MOST_READ = 20
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model in one of the caches, planned. `store` says whose cache it is."""
+    """A model in one of the caches, planned. `store` says whose cache it is, `repo` is None where unknown."""
 
     path: str
     store: str
+    repo: str | None
     title: str
     candidate: Candidate
 
@@ -57,5 +58,6 @@ def best_held(request: Request, around: Surroundings) -> HeldModel | None:
         if candidate.fits:
             parameters = sum(prod(tensor.shape) for tensor in header.tensors)
             place = TIERS.index(tier_of(candidate, floor)), -parameters, -candidate.quality, path
-            ranked.append((place, HeldModel(path, cached.store, shape.name or cached.path.name, candidate)))
+            title = shape.name or cached.path.name
+            ranked.append((place, HeldModel(path, cached.store, cached.repo, title, candidate)))
     return min(ranked, key=lambda pair: pair[0])[1] if ranked else None

@@ -79,10 +79,10 @@ class Ranking:
     order: str
     surroundings: Surroundings
 
-    @property
-    def best(self) -> Ranked | None:
-        """The model to propose, None when none fits."""
-        return self.entries[0] if self.entries and self.entries[0].tier != "too large" else None
+    def best(self, but: str | None = None) -> Ranked | None:
+        """The model to propose, but not one of the repository `but`; None when none fits."""
+        fitting = (one for one in self.entries if one.tier != "too large")
+        return next((one for one in fitting if but not in (one.model.repo, *one.model.alternatives)), None)
 
 
 def rank_models(

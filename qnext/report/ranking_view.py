@@ -43,8 +43,9 @@ def ranking_view(ranking: Ranking) -> RenderableType:
             if one.candidate.fits and one.basis != "size":
                 parts.append(Padding(Text(_details(one), style="dim"), (0, 0, 0, 2), expand=False))
     parts += [Text(), Text(f"Order: {ranking.order}", style="dim")]
-    if ranking.best is not None:
-        parts.append(Text(f"The first one in full: qnext plan {ranking.best.ref}", style="dim"))
+    best = ranking.best()
+    if best is not None:
+        parts.append(Text(f"The first one in full: qnext plan {best.ref}", style="dim"))
     if any(not one.model.quants and one.basis == "size" for one in ranking.entries):
         parts.append(Text("~ reckoned from bits per weight, published sizes not being known.", style="dim"))
     if any(one.basis == "size" for one in ranking.entries):

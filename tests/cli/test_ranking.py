@@ -207,3 +207,8 @@ def test_run_alone_proposes_asks_fetches_and_the_next_time_offers_what_is_here(
     third.wait_for("> ")
     third.type(CTRL_D)
     assert third.wait() == 0
+    fourth = terminal("run", *ram, columns=120)
+    fourth.wait_for("Run it?")
+    fourth.type("n\n")
+    assert best.model.title not in fourth.wait_for("to fetch"), "what was refused is not proposed again"
+    assert fourth.wait() == 5
