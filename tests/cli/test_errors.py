@@ -19,7 +19,8 @@ from tests.conftest import ROOT, Qnext
     ("arguments", "code", "error", "hint"),
     [
         (["frobnicate"], 2, "No such command 'frobnicate'", "qnext --help"),
-        (["plan"], 2, "Missing argument 'MODEL'", "qnext plan --help"),
+        (["plan"], 2, "no MODEL", "qnext plan --all"),
+        (["pull"], 2, "Missing argument 'MODEL'", "qnext pull --help"),
         (["plan", "demo", "--nope"], 2, "No such option: --nope", "qnext plan --help"),
         (["bench", "sow"], 2, "Did you mean 'show'", "qnext bench --help"),
         (["plan", "demo", "-c", "many"], 2, "--ctx-size", "qnext plan --help"),

@@ -65,8 +65,10 @@ def test_while_starting_planning_or_loading(moment_s: float, demo_model: Path) -
     with running("run", "demo", "--prompt", "Hi", "-c", "1000000") as process:
         time.sleep(moment_s)
         status, errors, took = interrupt(process)
-    # Before Python has set up its handler the signal itself ends the process; a shell shows 130 for both.
-    assert status in (130, -signal.SIGINT), errors
+    # Before Python has set up its handler the signal itself ends the process; a shell shows 130 for both. A
+    # little later Python is still importing what it runs us with, and says so itself.
+    still_starting = "Could not import runpy module" in errors
+    assert status in (130, -signal.SIGINT) or still_starting, errors
     assert took < LIMIT_S, errors
     if status == 130:
         assert "Traceback" not in errors
