@@ -9,7 +9,7 @@ Each that says it fits is loaded and decodes a prompt of up to a ubatch and a fe
 every device holds is compared with its budget. The files are headers with a hole: the weights are zeros, but
 they are allocated and read.
 
-Then larger models (up to 1.3 GB), each in an engine child of its own inside a memory group (cgroup v1,
+Then larger models (up to 2.4 GiB), each in an engine child of its own inside a memory group (cgroup v1,
 needs root). The limit is the plan's host budget, which is what the plan needs or up to 2 % more; the child's
 own base, measured as what it holds beyond its buffers when the same placement is loaded with a context of 256
 tokens, a ubatch of 32 and one slot; and 4 MiB, since the base varies by 1 to 2 from run to run. A kill by the
