@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -370,6 +371,7 @@ def main() -> int:
     parser.add_argument("--limited", type=int, default=30, help="plans to load under a memory limit (30)")
     parser.add_argument("--seed", type=int, default=4)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that memory groups and files are taken away
     result = run(asked.plans, asked.limited, asked.seed)
     print(json.dumps(result, indent=1))
     under = result["under_cgroup"]
