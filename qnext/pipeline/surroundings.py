@@ -27,7 +27,6 @@ from qnext.plan.problem import backend_of, untried_layout
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import host_traits
 from qnext.plan.values import Placement
-from qnext.plan.what_if import with_changes
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,8 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
     changes: tuple[str, ...] = ()
     if request.what_if is not None:
         gpus, this_machine = len(machine.gpus), False
+        from qnext.plan.what_if import with_changes
+
         machine, changes = with_changes(machine, request.what_if)
         build = build if len(machine.gpus) == gpus else None
         warnings = (*warnings, f"planned for a changed machine: {'; '.join(changes)}")
@@ -125,18 +126,21 @@ def probe_layout(machine: Machine, build: EngineBuild, paths: Paths, notice: Not
 
     Raises EngineError when no layout runs.
     """
-    from qnext.engine.probe import safe_repack_policy
+    from qnext.engine.probe import known_policy, safe_repack_policy
+
+    entry = layout_entry(paths, machine, build)
+    known = known_policy(entry, build)
+    if known is not None:
+        return known.policy
     from qnext.models.gguf_reader import read_header
     from qnext.models.synth import demo_path
 
-    entry = layout_entry(paths, machine, build)
     try:
         model = demo_path(paths.demo_dir)
     except ModelError as error:
         notice(f"not checking which weight layout is safe on this CPU: {error.message}")
         return None
-    if not entry.exists():
-        notice("checking once which weight layout is safe on this CPU (about a second)")
+    notice("checking once which weight layout is safe on this CPU (about a second)")
     host = host_traits(machine.cpu.instruction_sets or ())
     threads = thread_counts(machine)[0]
     plain = Placement(threads=threads, threads_batch=threads)

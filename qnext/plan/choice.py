@@ -29,6 +29,8 @@ def fitting_placements(problem: Problem) -> list[Placed]:
     for context in contexts:
         placed = [find_placement(problem, _base(problem, context, ubatch)) for ubatch in ubatches]
         fitting = [pack_experts(problem, candidate) for candidate in placed if candidate.fits]
+        if len(fitting) == 1:
+            return fitting
         if fitting:
             return sorted(fitting, key=lambda candidate: placed_seconds(problem, candidate))
         if context == contexts[0] and len(contexts) > 1:
