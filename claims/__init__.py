@@ -15,9 +15,16 @@ raises CannotMeasure with the command that brings it. Nothing here runs in the d
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,16 @@ class Figure:
     unit: str
     holds: bool | None
     detail: str = ""
+
+
+def run_script(name: str, *arguments: str, check: bool = False) -> dict[str, Any]:
+    """The JSON that `scripts/NAME` prints. With `check` a failing exit code is an error, too."""
+    argv = [sys.executable, "-P", str(ROOT / "scripts" / name), *arguments]
+    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=check)
+    if not ran.stdout:
+        raise ValueError((ran.stderr.strip().splitlines() or [f"{name} printed nothing"])[-1])
+    result: dict[str, Any] = json.loads(ran.stdout)
+    return result
 
 
 class CannotMeasure(Exception):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from pathlib import Path
 
-from claims import Figure, claim
+from claims import ROOT, Figure, claim
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
 
 

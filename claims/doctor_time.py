@@ -8,12 +8,10 @@ import sys
 import tempfile
 import time
 from functools import cache
-from pathlib import Path
 from statistics import median
 
-from claims import Figure, claim
+from claims import ROOT, Figure, claim
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK_ROUNDS, FULL_ROUNDS = 9, 3
 QUICK_S, QUICK_MB, FULL_S = 1.5, 120.0, 20.0
 

@@ -17,13 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claims import CannotMeasure, Figure, claim
+from claims import ROOT, CannotMeasure, Figure, claim
 from claims._turns import LlamaBench, QnextBench, Samples, Side, take_turns
 
 if TYPE_CHECKING:
     from qnext.bench.statistics import PairedRatio
 
-ROOT = Path(__file__).resolve().parent.parent
 LOADS = 2
 """Each side is loaded so often, in the other order each time: where its pages come to lie may matter."""
 SAMPLES = 5

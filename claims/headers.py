@@ -9,9 +9,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from claims import CannotMeasure, Figure, claim
+from claims import ROOT, CannotMeasure, Figure, claim
 
-ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = 20_000
 TOKENS = 151_936
 LIMIT_S = 0.1

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from claims import Figure, claim
+from claims import Figure, claim, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPUTE_LIMIT = 1.01
 
 
@@ -36,12 +31,4 @@ def measure_dry_run() -> Figure:
 
 @cache
 def _compare() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench_memory_exact.py")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return run_script("bench_memory_exact.py")

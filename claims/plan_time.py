@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from claims import CannotMeasure, Figure, claim
+from claims import CannotMeasure, Figure, claim, run_script
 from qnext.engine.build import installed_build
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHED_S, UNCACHED_S, PEAK_MIB = 0.7, 1.5, 120.0
 
 
@@ -20,10 +15,7 @@ CACHED_S, UNCACHED_S, PEAK_MIB = 0.7, 1.5, 120.0
 def _result() -> dict[str, Any]:
     if installed_build() is None:
         raise CannotMeasure("no engine to make a dry run with: ./scripts/qnext --version builds it")
-    argv = [sys.executable, "-P", str(ROOT / "scripts" / "bench_plan_time.py")]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(ran.stdout)
-    return result
+    return run_script("bench_plan_time.py", check=True)
 
 
 def _figure(kind: str, bar_s: float) -> Figure:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from claims import CannotMeasure, Figure, claim
+from claims import CannotMeasure, Figure, claim, run_script
 from qnext.engine.build import installed_build
 
-ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 200
 
 
@@ -57,12 +52,4 @@ def measure_plans_under_limit() -> Figure:
 def _load_all() -> dict[str, Any]:
     if installed_build() is None:
         raise CannotMeasure("no engine to load with: ./scripts/qnext --version builds it")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench_plans_that_fit.py")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return run_script("bench_plans_that_fit.py")

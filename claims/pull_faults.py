@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-from claims import Figure, claim
-
-ROOT = Path(__file__).resolve().parent.parent
+from claims import Figure, claim, run_script
 
 
 @claim(
@@ -19,8 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
     minutes=2,
 )
 def measure_pull_faults() -> Figure:
-    argv = [sys.executable, "scripts/bench_pull_faults.py"]
-    found = json.loads(subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    found = run_script("bench_pull_faults.py", check=True)
     wrong = len(found["not_as_they_have_to"])
     skipped = f"; not possible here: {', '.join(found['skipped'])}" if found["skipped"] else ""
     detail = (

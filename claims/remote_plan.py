@@ -11,9 +11,8 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from claims import Figure, claim
+from claims import ROOT, Figure, claim
 
-ROOT = Path(__file__).resolve().parent.parent
 REPO = "user/Qwen3-Next-80B-A3B-Instruct-GGUF"
 QUANTS = (
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_0"),

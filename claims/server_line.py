@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
-from pathlib import Path
 
-from claims import CannotMeasure, Figure, claim
-
-ROOT = Path(__file__).resolve().parent.parent
+from claims import ROOT, CannotMeasure, Figure, claim, run_script
 
 
 @claim(
@@ -24,10 +19,6 @@ def measure_server_line() -> Figure:
     server = next((line for line in peers.stdout.splitlines() if line.endswith("llama-server")), None)
     if server is None:
         raise CannotMeasure("needs llama-server: run scripts/peers")
-    argv = [sys.executable, "-P", str(ROOT / "scripts" / "check_server_line.py"), server]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    if not ran.stdout:
-        raise ValueError(ran.stderr.strip().splitlines()[-1])
-    differences: dict[str, list[str]] = json.loads(ran.stdout)
+    differences: dict[str, list[str]] = run_script("check_server_line.py", server)
     found = [f"{case}: {text}" for case, texts in differences.items() for text in texts]
     return Figure(len(found), "differences", not found, "; ".join(found) or f"{len(differences)} plans")

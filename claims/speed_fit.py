@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from claims import Figure, claim
+from claims import Figure, claim, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 MEDIAN, INSIDE = 0.20, 0.80
 
 
 @cache
 def _result() -> dict[str, Any]:
-    argv = [sys.executable, "-P", str(ROOT / "scripts" / "fit_speed.py"), "--json"]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(ran.stdout)
-    return result
+    return run_script("fit_speed.py", "--json", check=True)
 
 
 def _detail() -> str:

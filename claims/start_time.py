@@ -10,11 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from claims import Figure, claim
+from claims import ROOT, Figure, claim
 
-ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 21
 
 

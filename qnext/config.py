@@ -54,6 +54,11 @@ class Paths:
         return self.cache_dir / "headers"
 
     @property
+    def listings_dir(self) -> Path:
+        """What repositories on the Hub held when they were last listed."""
+        return self.cache_dir / "listings"
+
+    @property
     def probes_dir(self) -> Path:
         """Answers of one-off probes, per machine and engine build."""
         return self.cache_dir / "probes"

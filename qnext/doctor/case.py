@@ -7,7 +7,7 @@ asks for the price: the same plan and the same speed model as `qnext plan`, befo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qnext.doctor.values import Change, EngineFacts, Price, Variable
@@ -154,7 +154,7 @@ class Case:
         machine = replace(machine, gpus=usable)
         usual, usual_batch = thread_counts(machine)
         options = PlanOptions(
-            **{wish.name: getattr(given.wishes, wish.name) for wish in fields(Wishes)},
+            **given.wishes.wishes(),
             threads=given.threads or usual,
             threads_batch=given.threads_batch or given.threads or usual_batch,
             repack=given.repack or (self.engine and self.engine.safe_layout) or untried_layout(machine),

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from qnext.doctor.case import Case
 from qnext.doctor.values import Finding
+from qnext.hardware.power import SAVING_PLATFORMS, SELF_GOVERNING_DRIVERS
 from qnext.plan.machine_speeds import thread_counts
 
-_SAVING_PROFILES = ("power", "low-power", "power-saver", "quiet", "cool")
-_OWN_POLICY = ("intel_pstate", "amd-pstate-epp", "amd_pstate_epp")
-"""Scaling drivers under which `powersave` is the normal governor and the power profile decides."""
+_SAVING_PROFILES = SAVING_PLATFORMS | {"power", "power-saver"}
 
 
 def cpu_findings(case: Case) -> Iterator[Finding]:
@@ -60,7 +59,7 @@ def _threads(case: Case) -> Iterator[Finding]:
 def _power(case: Case) -> Iterator[Finding]:
     cpu = case.machine.cpu
     source = case.machine.sources.get("cpu.governor", "")
-    decides = not any(driver in source for driver in _OWN_POLICY)
+    decides = not any(driver in source for driver in SELF_GOVERNING_DRIVERS)
     governor = cpu.governor in ("powersave", "conservative") and decides
     profile = cpu.power_profile in _SAVING_PROFILES
     if not governor and not profile:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qnext.doctor.case import Case
 from qnext.doctor.values import EngineFacts, Finding, Price
-from qnext.hardware.machine import Gpu
+from qnext.hardware.machine import Gpu, has_integrated_gpu
 from qnext.plan.problem import backend_of
 
 _SPEED_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm", "sve")
@@ -126,8 +126,7 @@ def _names(gpus: list[Gpu], kind: str | None) -> str:
 
 
 def _integrated(case: Case, engine: EngineFacts) -> Iterator[Finding]:
-    note = case.machine.sources.get("gpus", "")
-    if case.machine.gpus or "processor shares the RAM" not in note or _gpu_backends(engine):
+    if case.machine.gpus or not has_integrated_gpu(case.machine) or _gpu_backends(engine):
         return
     yield Finding(
         id="integrated-gpu-idle",

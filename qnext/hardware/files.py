@@ -69,6 +69,13 @@ def parse_cpu_list(text: str) -> frozenset[int]:
     return frozenset(numbers)
 
 
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest above it that exists: the disk that something not there yet would lie on."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
     """(number, path) of the entries named `prefix` and a number (`cpu0`, `node1`), by number."""
     try:

@@ -235,6 +235,15 @@ def facts(machine: Machine) -> Iterator[tuple[str, object]]:
             yield f"{prefix}.{entry.name}", getattr(part, entry.name)
 
 
+INTEGRATED_GPU = "processor shares the RAM"
+"""Part of the note in `sources["gpus"]` where a GPU inside the processor was left out."""
+
+
+def has_integrated_gpu(machine: Machine) -> bool:
+    """Whether a GPU inside the processor was seen, which only an engine's own list counts."""
+    return INTEGRATED_GPU in machine.sources.get("gpus", "")
+
+
 def machine_to_dict(machine: Machine) -> dict[str, Any]:
     """JSON-ready form (lists for tuples) with every key present; `machine_from_dict` is its inverse."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(machine)))

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from qnext.hardware.files import numbered, read_text
 
-SELF_GOVERNING_DRIVERS = frozenset({"intel_pstate", "amd-pstate-epp"})
+SELF_GOVERNING_DRIVERS = frozenset({"intel_pstate", "amd-pstate-epp", "amd_pstate_epp"})
 """Drivers under which the hardware chooses the frequency and `powersave` holds nothing down."""
 
 _GOVERNORS = ("powersave", "conservative", "userspace", "ondemand", "schedutil", "performance")
 _PREFERENCES = ("power", "balance_power", "default", "balance_performance", "performance")
 """Both from the most saving to the fastest; a name not listed counts as being in the middle."""
 
-_SAVING_PLATFORMS = {"low-power", "quiet", "cool"}
+SAVING_PLATFORMS = frozenset({"low-power", "quiet", "cool"})
+"""Platform profiles that lower the power the CPU may draw."""
 
 _WORD = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 _CPUS = "sys/devices/system/cpu"
@@ -50,7 +51,7 @@ def read_power_profile(root: Path = Path("/")) -> tuple[str | None, str]:
         (_word(policy / "energy_performance_preference") for policy in _policies(root)), _PREFERENCES
     )
     platform = _word(root / "sys/firmware/acpi/platform_profile")
-    if platform is not None and (preference is None or platform in _SAVING_PLATFORMS):
+    if platform is not None and (preference is None or platform in SAVING_PLATFORMS):
         beside = f"; energy preference {preference}" if preference else ""
         return platform, f"/sys/firmware/acpi/platform_profile{beside}"
     if preference is not None:

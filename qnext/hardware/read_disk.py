@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from qnext.hardware.files import nearest_folder
 from qnext.hardware.mounts import find_mount
 from qnext.units import MIB, format_bytes
 
@@ -54,9 +55,7 @@ def measure(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
     the reason in its words where there is nothing to read or direct reads are refused.
     """
     until = time.monotonic() + question["seconds"]
-    place = Path(question["folder"])
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_folder(Path(question["folder"]))
     mount = find_mount(place.resolve())
     if mount is not None and mount.filesystem in _CACHED:
         raise OSError(errno.EOPNOTSUPP, _CACHED[mount.filesystem])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.hardware.files import read_number, read_text
-from qnext.hardware.machine import Gpu, Sources
+from qnext.hardware.machine import INTEGRATED_GPU, Gpu, Sources
 from qnext.hardware.pcie import Link, bus_path, read_link
 from qnext.units import GIB
 
@@ -116,7 +116,7 @@ def judge_cards(report: BusReport, sources: Sources, first: int = 0) -> tuple[tu
         if "integrated" not in card:
             notes.append(f"an {maker} card is not counted: nothing is known of it")
         elif card["integrated"]:
-            notes.append(f"the GPU in the {maker} processor shares the RAM: only the engine's list counts it")
+            notes.append(f"the GPU in the {maker} {INTEGRATED_GPU}: only the engine's list counts it")
         elif not card["driver"]:
             notes.append(f"an {maker} card has no driver loaded")
         elif not card["node"]:

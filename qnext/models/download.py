@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qnext.errors import DownloadError, QnextError, UsageError
+from qnext.hardware.files import nearest_folder
 from qnext.models.fetch import Check, Fetch, Patience, StoppedError, Work
 from qnext.models.held import Place, find_places, write_ref
 from qnext.models.hub import auth_headers, file_address
@@ -127,7 +128,7 @@ def check_space(places: Sequence[Place], again: Sequence[Place] = ()) -> None:
     """
     if not places:
         return
-    folder = _existing(places[0].blob.parent)
+    folder = nearest_folder(places[0].blob.parent)
     need = sum(place.file.size_bytes - (0 if place in again else place.bytes_here()) for place in places)
     try:
         free = shutil.disk_usage(folder).free
@@ -195,7 +196,7 @@ def _work_off(
             if space is not None and time.monotonic() - looked_at >= _SPACE_EVERY_S:
                 looked_at = time.monotonic()
                 # Free space is read first: bytes written in between must not count against us.
-                free = shutil.disk_usage(_existing(space)).free
+                free = shutil.disk_usage(nearest_folder(space)).free
                 missing = total - done - sum(one.done for one in work)
                 if free < missing:
                     raise DownloadError(
@@ -261,13 +262,6 @@ def _disk_error(error: OSError, folder: Path) -> DownloadError:
     failed = DownloadError(f"The disk of {folder} {what}.", hint=hint)
     failed.__cause__ = error
     return failed
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 class _Rate:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from qnext.engine.others import OtherEngine, find_other_engines
 from qnext.engine.probe import known_policy
 from qnext.errors import QnextError, UsageError
 from qnext.hardware import Machine, detect_machine, load_machine, machine_fingerprint, machine_to_dict
+from qnext.hardware.machine import has_integrated_gpu
 from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader
 from qnext.models.hub_cache import CachedModel, find_cached, hub_folder
@@ -120,11 +121,10 @@ def examine_machine(
         )
         engine = replace(engine, safe_layout=layout or engine.safe_layout)
     facts = _facts(engine, machine)
-    wishes = {wish.name: getattr(request, wish.name) for wish in fields(Wishes)}
     case = Case(
         here=Circumstances(
             machine=machine,
-            wishes=Wishes(**wishes),
+            wishes=Wishes(**request.wishes()),
             threads=request.threads,
             threads_batch=request.threads_batch,
             repack=request.repack,
@@ -231,7 +231,7 @@ def _build_command(machine: Machine, found: Installation | None) -> str:
     """The command that builds the engine for every GPU that is here, and what it needs first."""
     built = found.build.backends if found else ()
     kinds = [gpu.kind for gpu in machine.gpus if gpu.kind] + [kind for kind in GPU_KINDS if kind in built]
-    if "processor shares the RAM" in machine.sources.get("gpus", ""):
+    if has_integrated_gpu(machine):
         kinds.append("vulkan")
     kinds = list(dict.fromkeys(kinds))
     missing = [need for kind in kinds or ["cpu"] for need in missing_prerequisites(kind)]

@@ -6,14 +6,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qnext.config import Paths
 from qnext.errors import ModelError, UsageError
 from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader
 from qnext.models.hub_ref import HubRef, is_address, parse_ref
-from qnext.models.published import Listing, QuantFile
+from qnext.models.published import QuantFile
 from qnext.models.shape import ModelShape, read_shape
+
+if TYPE_CHECKING:
+    from qnext.models.held import Place
 
 Notice = Callable[[str], None]
 
@@ -23,36 +27,31 @@ MOST_QUANTS = 40
 
 @dataclass(frozen=True, slots=True)
 class LocatedModel:
-    """A model with its header and dimensions. `published` is where it can be fetched, None for a local file.
-
-    `title` is the catalogue's name for it, or empty.
-    """
+    """A model with its header and dimensions; `published` is what can be fetched, None for a local file."""
 
     ref: str
     header: ModelHeader
     shape: ModelShape
     published: QuantFile | None = None
-    title: str = ""
 
     @property
     def path(self) -> str:
         """The file llama.cpp is given, the first shard: where it is, or where fetching would put it."""
-        if self.published is None:
-            return str(self.header.paths[0])
-        from qnext.models.held import find_places
-        from qnext.models.hub_cache import hub_folder
-
-        return str(find_places(self.published, hub_folder(os.environ))[0].path)
+        return str(self._places()[0].path if self.published else self.header.paths[0])
 
     @property
     def here(self) -> bool:
         """Whether all of it is on this disk."""
+        return all(place.state() == "here" for place in self._places())
+
+    def _places(self) -> tuple[Place, ...]:
+        """Where the files of a published model are kept; none for a local one."""
         if self.published is None:
-            return True
+            return ()
         from qnext.models.held import find_places
         from qnext.models.hub_cache import hub_folder
 
-        return all(place.state() == "here" for place in find_places(self.published, hub_folder(os.environ)))
+        return find_places(self.published, hub_folder(os.environ))
 
 
 def locate_models(ref: str, paths: Paths, notice: Notice) -> tuple[LocatedModel, ...]:
@@ -93,14 +92,13 @@ def _published(ref: str, paths: Paths, notice: Notice) -> tuple[LocatedModel, ..
     from qnext.models.quant_names import pick_quant
     from qnext.models.remote_header import read_remote_headers
 
-    title = ""
     if is_address(ref) and parse_ref(ref) is None:
         listing, wanted = list_address(ref), None
     else:
-        hub_ref, title = _hub_ref(ref)
-        listing = list_repo(hub_ref, paths.cache_dir / "listings")
+        hub_ref = _hub_ref(ref)
+        listing = list_repo(hub_ref, paths.listings_dir)
         wanted = hub_ref.path or hub_ref.quant
-    quants = (pick_quant(listing, wanted),) if wanted else _ladder(listing)
+    quants = (pick_quant(listing, wanted),) if wanted else listing.quants[:MOST_QUANTS]
     failures: list[tuple[QuantFile, ModelError]] = []
     headers = read_remote_headers(
         quants, paths.headers_dir, on_failure=lambda quant, error: failures.append((quant, error))
@@ -109,25 +107,20 @@ def _published(ref: str, paths: Paths, notice: Notice) -> tuple[LocatedModel, ..
         raise failures[0][1]
     for quant, error in failures:
         notice(f"{quant.quant} is left out: {error.message}")
-    base = ref if wanted else f"{ref}:"
     return tuple(
-        LocatedModel(ref if wanted else f"{base}{quant.quant}", header, read_shape(header), quant, title)
+        LocatedModel(ref if wanted else f"{ref}:{quant.quant}", header, read_shape(header), quant)
         for quant, header in headers.items()
     )
 
 
-def _ladder(listing: Listing) -> tuple[QuantFile, ...]:
-    return listing.quants[:MOST_QUANTS]
-
-
-def _hub_ref(ref: str) -> tuple[HubRef, str]:
-    """(the repository, the catalogue's title or empty). Raises ModelError for a name that is none."""
+def _hub_ref(ref: str) -> HubRef:
+    """The repository that a name or a reference stands for. Raises ModelError for one that is none."""
     from qnext.models.catalogue import find_model, matching_repo, nearest_models
 
     name, _, quant = ref.partition(":")
     known = find_model(name) if "/" not in name else None
     if known is not None:
-        return HubRef(known.repo, quant=quant or None), known.title
+        return HubRef(known.repo, quant=quant or None)
     hub_ref = parse_ref(ref)
     if hub_ref is not None:
         model = matching_repo(hub_ref.repo)
@@ -136,7 +129,7 @@ def _hub_ref(ref: str) -> tuple[HubRef, str]:
                 f"{hub_ref.repo} holds no GGUF: it is the makers' own repository",
                 hint=f"Use {model.repo}, or the name {model.name}.",
             )
-        return hub_ref, model.title if model else ""
+        return hub_ref
     near = nearest_models(name)
     meant = f"Did you mean {near[0]}? " if near else ""
     raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qnext.config import Paths
@@ -17,7 +17,7 @@ from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
-from qnext.plan.options import PlanOptions, Wishes
+from qnext.plan.options import PlanOptions
 from qnext.plan.placement import Problem, check_placement
 from qnext.plan.plan import Plan, explain_misfit, make_plan
 from qnext.plan.problem import make_problem
@@ -200,7 +200,7 @@ def require_fit(plan: Plan) -> None:
 
 def _options(request: Request, surroundings: Surroundings) -> PlanOptions:
     return PlanOptions(
-        **{wish.name: getattr(request, wish.name) for wish in fields(Wishes)},
+        **request.wishes(),
         threads=surroundings.threads,
         threads_batch=surroundings.threads_batch,
         repack=surroundings.repack,

@@ -13,6 +13,7 @@ from typing import Any
 
 from qnext.config import Paths
 from qnext.errors import DoesNotFitError, ModelError, UsageError
+from qnext.hardware.files import nearest_folder
 from qnext.models.catalogue import find_model, matching_repo, nearest_models
 from qnext.models.download import OnProgress, check_space, download, state_digests, verify
 from qnext.models.held import Place, find_places
@@ -53,11 +54,8 @@ class Wanted:
     @property
     def free_bytes(self) -> int | None:
         """Room on the cache's disk; None where it cannot be read."""
-        folder = self.cache
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
         try:
-            return shutil.disk_usage(folder).free
+            return shutil.disk_usage(nearest_folder(self.cache)).free
         except OSError:
             return None
 
@@ -74,7 +72,7 @@ def find_wanted(
     DownloadError and what `choose` raises.
     """
     ref = _hub_ref(model)
-    listing = list_repo(ref, paths.cache_dir / "listings")
+    listing = list_repo(ref, paths.listings_dir)
     wanted = ref.path or ref.quant
     if wanted is None and len(listing.quants) > 1:
         try:

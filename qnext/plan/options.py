@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from qnext.plan.values import FlashAttention, LoadMode, Override, Workload
 
@@ -40,6 +40,10 @@ class Wishes:
     cpu_experts: int | None = None
     overrides: tuple[Override, ...] = ()
     tensor_split: tuple[float, ...] | None = None
+
+    def wishes(self) -> dict[str, Any]:
+        """The fields of Wishes by name, without those that a class made from it adds."""
+        return {wish.name: getattr(self, wish.name) for wish in fields(Wishes)}
 
 
 @dataclass(frozen=True, slots=True)
