@@ -17,7 +17,7 @@ COMMANDS = {
     "run": "Chat with a model, or answer one --prompt.",
     "plan": "Show what goes where in memory, and how fast it should be.",
     "pull": "Fetch a model from the Hugging Face Hub, resumable and verified.",
-    "doctor": "Tell what limits this machine, and what each fault costs in tokens per second.",
+    "doctor": "Tell what limits this machine, and what each fault costs.",
     "profile": "Look at hardware profiles, and keep one of this machine.",
     "bench": "Measure speeds, and look at what was measured.",
     "synth": "Write a model file of true shape with random weights.",

@@ -49,7 +49,9 @@ def doctor(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", metavar="", help="Print all as JSON.")] = False,
 ) -> int:
-    """Tell what limits this machine, and what each fault costs in tokens per second.
+    """Tell what limits this machine, and what each fault costs.
+
+    Costs are in tokens per second, for a stated model and workload.
 
     Example: qnext doctor --full --model qwen3-next-80b-a3b:Q4_K_M
     """
