@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
+from math import exp
 from statistics import median
 
 import pytest
@@ -10,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnext.bench.statistics import (
+    _mann_whitney,
+    _unpaired_rank,
     paired_ratio,
     relative_spread,
     sample_warnings,
     summarise,
     trend_chance,
+    unpaired_ratio,
 )
 
 TIMES = st.lists(st.integers(1, 10**13), min_size=1, max_size=20)
@@ -158,3 +163,51 @@ def test_drift_that_strikes_both_sides_cancels_in_pairs() -> None:
 def test_pairs_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_the_unpaired_interval_misses_as_rarely_as_the_table_of_mann_and_whitney_says() -> None:
+    """Critical values of U, two-sided: 5 against 5 at 5 % is 2, at 1 % is 0; 10 against 10 is 23 and 16."""
+    assert _unpaired_rank(5, 5, 0.95)[0] == 3 and _unpaired_rank(5, 5, 0.99)[0] == 1
+    assert _unpaired_rank(10, 10, 0.95)[0] == 24 and _unpaired_rank(10, 10, 0.99)[0] == 17
+    assert _unpaired_rank(5, 5, 0.99)[1] == pytest.approx(1 - 2 / 252)
+    assert _unpaired_rank(3, 3, 0.99) == (1, pytest.approx(0.9))
+
+
+@pytest.mark.parametrize(("few", "many"), [(2, 3), (4, 4), (3, 6)])
+def test_the_chances_of_the_unpaired_test_are_those_of_counting_all_orders(few: int, many: int) -> None:
+    orders = list(combinations(range(few + many), few))
+    below = [
+        sum(1 for a in ranks for b in set(range(few + many)) - set(ranks) if a < b) for ranks in orders
+    ]
+    counted = [sum(u <= limit for u in below) / len(orders) for limit in range(few * many + 1)]
+    assert _mann_whitney(few, many) == pytest.approx(counted)
+
+
+def test_the_normal_and_the_exact_interval_agree_where_they_meet() -> None:
+    exact, normal = _unpaired_rank(50, 50, 0.99)[0], _unpaired_rank(50, 51, 0.99)[0]
+    assert abs(exact / 2500 - normal / 2550) < 0.005
+
+
+@given(TIMES, TIMES)
+def test_swapped_samples_give_the_inverse_ratio(a: list[int], b: list[int]) -> None:
+    there, back = unpaired_ratio(a, b), unpaired_ratio(b, a)
+    assert there.ratio == pytest.approx(1 / back.ratio) and there.low == pytest.approx(1 / back.high)
+    assert there.low <= there.ratio <= there.high and 0 <= there.confidence < 1
+
+
+def test_alike_samples_are_rarely_told_apart_and_unlike_ones_are() -> None:
+    chance = random.Random(7)
+
+    def draw(speed: float) -> list[float]:
+        return [speed * exp(chance.gauss(0, 0.02)) for _ in range(8)]
+
+    intervals = [unpaired_ratio(draw(1), draw(1)) for _ in range(2000)]
+    missed = sum(not found.low <= 1 <= found.high for found in intervals)
+    assert missed <= 2000 * 0.01 * 1.5
+    assert all(unpaired_ratio(draw(1.2), draw(1)).low > 1 for _ in range(50))
+
+
+def test_an_unpaired_ratio_needs_samples_on_both_sides() -> None:
+    for a, b in (([], [1.0]), ([1.0], []), ([1.0], [0.0])):
+        with pytest.raises(ValueError, match="positive"):
+            unpaired_ratio(a, b)
