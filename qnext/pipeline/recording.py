@@ -1,16 +1,25 @@
-"""Builds the record of a run: identity, plan, allocation, and each test with its forecast."""
+"""Builds the record of a run: identity, plan, allocation, and each test with its forecast.
+
+The identity holds what is known to move speeds between two runs that look alike: another driver, a governor
+or a battery, a power limit, memory that reads slower than before, a variable in the environment.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from qnext import __version__
 from qnext.bench.names import Scenario
 from qnext.bench.statistics import summarise
 from qnext.engine.build import EngineBuild
-from qnext.hardware import machine_fingerprint, machine_to_dict
+from qnext.engine.dry_run import header_digest
+from qnext.engine.environment import inherited
+from qnext.hardware import Gpu, Machine, machine_fingerprint, machine_to_dict
+from qnext.hardware.battery import on_battery
 from qnext.pipeline.planning import PlannedModel
+from qnext.plan.budgets import engine_name
 from qnext.plan.values import HOST, DeviceMemory, Workload
 from qnext.store.identity import digest_of, model_digest, new_record_id, utc_now
 from qnext.store.record import EngineIdentity, Identity, Kind, Record, TestResult
@@ -23,10 +32,16 @@ def new_record(
     allocated: tuple[DeviceMemory, ...],
     command: Sequence[str],
     workload: dict[str, object],
+    facts: Mapping[str, object] | None = None,
 ) -> Record:
-    """A record in status `running`, ready to take tests. `workload` names what is measured."""
-    machine = planned.surroundings.machine
-    placement = asdict(planned.plan.placement)
+    """A record in status `running`, ready to take tests. `workload` names what is measured.
+
+    `facts` is what the engine said on opening the model; of it `system_info` and `model_desc` are kept.
+    """
+    machine, chosen = planned.surroundings.machine, planned.plan.placement
+    placement, header, facts = asdict(chosen), planned.model.header, facts or {}
+    names = {engine_name(gpu, position): gpu for position, gpu in enumerate(machine.gpus)}
+    gpus = {name: names[name] for name in chosen.devices if name in names}
     return Record(
         id=new_record_id(),
         when=utc_now(),
@@ -41,17 +56,59 @@ def new_record(
                 version=build.version,
                 llama_commit=build.llama_commit,
                 build=f"{build.digest} {'+'.join(build.backends)}",
+                flags=_text(facts.get("system_info")),
             ),
             machine=machine_fingerprint(machine),
             placement=digest_of(placement),
             workload=digest_of(workload),
+            header_digest=header_digest(header),
+            model_type=_text(facts.get("model_desc")),
+            model_bytes=sum(tensor.nbytes for tensor in header.tensors),
+            model_params=sum(math.prod(tensor.shape) for tensor in header.tensors),
+            devices=tuple(_named(name, gpus.get(name)) for name in chosen.devices),
+            driver=next((gpu.driver for gpu in gpus.values() if gpu.driver), None),
+            context=chosen.context,
+            slots=chosen.parallel,
+            kv_type_k=chosen.kv_type_k,
+            kv_type_v=chosen.kv_type_v,
+            bandwidths=_bandwidths(machine, gpus),
+            power=_power(machine, gpus),
+            environment={found.name: found.value for found in inherited() if found.reaches_engine},
         ),
         planned=planned.plan.devices,
         allocated=allocated,
         placement=placement,
         machine=machine_to_dict(machine),
         command=("qnext", __version__, *command),
+        workload=workload,
     )
+
+
+def _text(value: object) -> str | None:
+    return str(value).strip() or None if value is not None else None
+
+
+def _named(name: str, gpu: Gpu | None) -> str:
+    return f"{name} {gpu.name}" if gpu is not None and gpu.name else name
+
+
+def _bandwidths(machine: Machine, gpus: Mapping[str, Gpu]) -> dict[str, int]:
+    """Measured rates in bytes per second; what was not measured is left out."""
+    found = {"ram": machine.memory.measured_bandwidth_bps}
+    for name, gpu in gpus.items():
+        found |= {f"{name} h2d": gpu.h2d_pinned_bps, f"{name} d2h": gpu.d2h_pinned_bps}
+    return {name: rate for name, rate in found.items() if rate}
+
+
+def _power(machine: Machine, gpus: Mapping[str, Gpu]) -> dict[str, str | int | bool]:
+    """What governs the clocks, as far as it is known."""
+    found: dict[str, str | int | bool | None] = {
+        "governor": machine.cpu.governor,
+        "profile": machine.cpu.power_profile,
+        "on_battery": on_battery(),
+        **{f"{name} limit_w": gpu.power_limit_w for name, gpu in gpus.items()},
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def test_result(scenario: Scenario, samples_ns: Sequence[int], planned: PlannedModel) -> TestResult:

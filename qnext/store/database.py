@@ -78,6 +78,26 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ORDER BY runs.started_at, runs.rowid, tests.position
         """,
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN header_digest TEXT",
+        "ALTER TABLE runs ADD COLUMN model_type TEXT",
+        "ALTER TABLE runs ADD COLUMN model_bytes INTEGER",
+        "ALTER TABLE runs ADD COLUMN model_params INTEGER",
+        "ALTER TABLE runs ADD COLUMN engine_flags TEXT",
+        "ALTER TABLE runs ADD COLUMN devices_json TEXT",
+        "ALTER TABLE runs ADD COLUMN driver TEXT",
+        "ALTER TABLE runs ADD COLUMN context INTEGER",
+        "ALTER TABLE runs ADD COLUMN slots INTEGER",
+        "ALTER TABLE runs ADD COLUMN kv_type_k TEXT",
+        "ALTER TABLE runs ADD COLUMN kv_type_v TEXT",
+        "ALTER TABLE runs ADD COLUMN bandwidths_json TEXT",
+        "ALTER TABLE runs ADD COLUMN power_json TEXT",
+        "ALTER TABLE runs ADD COLUMN environment_json TEXT",
+        "ALTER TABLE runs ADD COLUMN workload_json TEXT",
+        "ALTER TABLE tests ADD COLUMN mean_ns INTEGER",
+        "ALTER TABLE tests ADD COLUMN stddev_ns INTEGER",
+        "CREATE INDEX runs_of_a_model ON runs (model_digest, machine_digest, started_at)",
+    ),
 )
 """Statements that lead from version i to version i + 1 (`PRAGMA user_version`). Add; never change one."""
 

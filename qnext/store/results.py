@@ -110,6 +110,19 @@ class ResultStore:
             rows = connection.execute(query, values).fetchall()
             return [_record(connection, row) for row in rows]
 
+    def kin(self, record: Record) -> list[Record]:
+        """Other records of the same model file and machine, newest first, whatever their configuration."""
+        if self._is_missing():
+            return []
+        query = """
+            SELECT * FROM runs WHERE model_digest = ? AND machine_digest = ? AND id != ?
+            ORDER BY started_at DESC, rowid DESC
+        """
+        with self._reading() as connection:
+            identity = record.identity
+            values = (identity.model_digest, identity.machine, record.id)
+            return [_record(connection, row) for row in connection.execute(query, values).fetchall()]
+
     def _is_missing(self) -> bool:
         try:
             self.path.stat()

@@ -46,7 +46,34 @@ def run_row(record: Record) -> dict[str, object]:
         "error": storable(record.error),
         "pid": os.getpid() if running else None,
         "process_mark": process_mark(os.getpid()) if running else None,
+        "engine_flags": engine.flags,
+        **{name: getattr(identity, name) for name in _PLAIN},
+        **{f"{name}_json": _json(data["identity"][name]) for name in _LISTS},
+        "workload_json": _json(data["workload"]),
     }
+
+
+_PLAIN = (
+    "header_digest",
+    "model_type",
+    "model_bytes",
+    "model_params",
+    "driver",
+    "context",
+    "slots",
+    "kv_type_k",
+    "kv_type_v",
+)
+_LISTS = ("devices", "bandwidths", "power", "environment")
+"""Fields of `Identity` that are columns by their own name, and those that are JSON text; since version 2."""
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _read_json(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
 
 
 def test_row(record_id: str, position: int, test: TestResult) -> dict[str, object]:
@@ -67,6 +94,8 @@ def test_row(record_id: str, position: int, test: TestResult) -> dict[str, objec
         "predicted_mid_tps": predicted and predicted.mid,
         "predicted_high_tps": predicted and predicted.high,
         "bandwidth_share": test.bandwidth_share,
+        "mean_ns": test.mean_ns,
+        "stddev_ns": test.stddev_ns,
     }
 
 
@@ -97,10 +126,13 @@ def _as_json(row: sqlite3.Row, tests: list[dict[str, Any]]) -> dict[str, Any]:
                 "version": row["engine_version"],
                 "llama_commit": row["llama_commit"],
                 "build": row["engine_build"],
+                "flags": row["engine_flags"],
             },
             "machine": row["machine_digest"],
             "placement": row["placement_digest"],
             "workload": row["workload_digest"],
+            **{name: row[name] for name in _PLAIN},
+            **{name: _read_json(row[f"{name}_json"]) for name in _LISTS},
         },
         "planned": {"devices": json.loads(row["planned_json"])},
         "allocated": {"devices": json.loads(row["allocated_json"])},
@@ -111,6 +143,7 @@ def _as_json(row: sqlite3.Row, tests: list[dict[str, Any]]) -> dict[str, Any]:
         "machine": json.loads(row["machine_json"]),
         "error": row["error"],
         "command": json.loads(row["command_json"]),
+        "workload": _read_json(row["workload_json"]),
     }
 
 

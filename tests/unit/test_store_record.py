@@ -65,8 +65,27 @@ TESTS = st.builds(
     high_tps=SPEED,
     predicted_tps=st.none() | st.builds(SpeedRange, SPEED, SPEED, SPEED),
     bandwidth_share=st.none() | SPEED,
+    mean_ns=st.none() | BYTES,
+    stddev_ns=st.none() | BYTES,
 )
-ENGINES = st.builds(EngineIdentity, TEXT, TEXT, st.none() | TEXT, TEXT)
+ENGINES = st.builds(EngineIdentity, TEXT, TEXT, st.none() | TEXT, TEXT, st.none() | TEXT)
+IDENTITIES = st.builds(
+    Identity,
+    *(TEXT, st.none() | TEXT, ENGINES, TEXT, TEXT, TEXT),
+    header_digest=st.none() | TEXT,
+    model_type=st.none() | TEXT,
+    model_bytes=st.none() | BYTES,
+    model_params=st.none() | BYTES,
+    devices=st.none() | st.lists(TEXT, max_size=2).map(tuple),
+    driver=st.none() | TEXT,
+    context=st.none() | BYTES,
+    slots=st.none() | BYTES,
+    kv_type_k=st.none() | TEXT,
+    kv_type_v=st.none() | TEXT,
+    bandwidths=st.none() | st.dictionaries(TEXT, BYTES, max_size=2),
+    power=st.none() | st.dictionaries(TEXT, TEXT | BYTES | st.booleans(), max_size=2),
+    environment=st.none() | st.dictionaries(TEXT, st.none() | TEXT, max_size=2),
+)
 RECORDS = st.builds(
     Record,
     id=st.text("0123456789abcdef", min_size=12, max_size=12),
@@ -74,7 +93,7 @@ RECORDS = st.builds(
     status=st.sampled_from(get_args(Status)),
     kind=st.sampled_from(get_args(Kind)),
     model_ref=TEXT,
-    identity=st.builds(Identity, TEXT, st.none() | TEXT, ENGINES, TEXT, TEXT, TEXT),
+    identity=IDENTITIES,
     planned=DEVICES,
     allocated=DEVICES,
     tests=st.lists(TESTS, max_size=3).map(tuple),
@@ -84,6 +103,7 @@ RECORDS = st.builds(
     machine=JSON_FORMS,
     error=st.none() | TEXT,
     command=st.lists(TEXT, max_size=3).map(tuple),
+    workload=st.none() | JSON_FORMS,
 )
 
 ENGINE = EngineIdentity("llama-cpp-python", "0.3.36", "0c1e57098", "CPU,RPC")
@@ -119,10 +139,11 @@ def test_the_json_of_a_record_has_the_promised_keys() -> None:
         "text",
         "warnings",
     }
-    assert set(data) == promised | {"kind", "model", "placement", "machine", "error", "command"}
+    assert set(data) == promised | {"kind", "model", "placement", "machine", "error", "command", "workload"}
     assert data["schema"] == "qnext.record/1"
     assert set(data["identity"]) == {field.name for field in fields(Identity)}
-    assert set(data["identity"]["engine"]) == {"name", "version", "llama_commit", "build"}
+    assert set(data["identity"]["engine"]) == {field.name for field in fields(EngineIdentity)}
+    assert {"name", "version", "llama_commit", "build"} <= set(data["identity"]["engine"])
     assert set(data["tests"][0]) == {field.name for field in fields(TestResult)}
     assert set(data["planned"]["devices"][0]) == {field.name for field in fields(DeviceMemory)} | {
         "total_bytes"
@@ -142,7 +163,7 @@ def _without(key: str) -> dict[str, Any]:
         {},
         {"schema": "qnext.record/2"},
         {"schema": "qnext.plan/1"},
-        *(_without(key) for key in record_to_dict(RECORD)),
+        *(_without(key) for key in record_to_dict(RECORD) if key != "workload"),
         record_to_dict(RECORD) | {"status": "done"},
         record_to_dict(RECORD) | {"id": None},
         record_to_dict(RECORD) | {"tests": [{}]},
@@ -155,6 +176,16 @@ def test_what_is_no_record_is_a_store_error(data: dict[str, Any]) -> None:
     with pytest.raises(StoreError) as error:
         record_from_dict(data)
     assert error.value.hint
+
+
+def test_a_record_of_the_first_release_is_read_with_what_it_does_not_know_as_none() -> None:
+    data = record_to_dict(RECORD)
+    first = {"model_digest", "quant", "engine", "machine", "placement", "workload"}
+    data["identity"] = {key: value for key, value in data["identity"].items() if key in first}
+    del data["workload"], data["identity"]["engine"]["flags"]
+    for test in data["tests"]:
+        del test["mean_ns"], test["stddev_ns"]
+    assert record_from_dict(data) == RECORD
 
 
 def test_a_later_additional_key_is_ignored() -> None:

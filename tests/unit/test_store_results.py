@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -17,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 
 from qnext.errors import QnextError, StoreError, UsageError
 from qnext.plan.values import DeviceMemory
+from qnext.store import rows
 from qnext.store.database import MIGRATIONS
 from qnext.store.record import Record
-from qnext.store.results import ResultStore
+from qnext.store.results import ResultStore, _insert
 from tests.unit.test_store_record import RECORD, RECORDS
 
 HOST = DeviceMemory("CPU", "host", None, 1, 2, 3, 4, 5)
@@ -241,6 +244,83 @@ def refusals(store: ResultStore) -> Iterator[StoreError]:
             action()
         assert error.value.exit_code == 8 and str(store.path.name) in error.value.message and error.value.hint
         yield error.value
+
+
+def write_version_1(store: ResultStore) -> None:
+    """The file as qnext 0.1 left it, with one record."""
+    store.path.parent.mkdir()
+    with sqlite3.connect(store.path) as connection:
+        for statement in MIGRATIONS[0]:
+            connection.execute(statement)
+        connection.execute("PRAGMA user_version = 1")
+        row, (test,) = rows.run_row(RECORD), RECORD.tests
+        old = {column[1] for column in connection.execute("PRAGMA table_info(runs)")}
+        _insert(connection, "runs", {name: value for name, value in row.items() if name in old})
+        old = {column[1] for column in connection.execute("PRAGMA table_info(tests)")}
+        values = rows.test_row(RECORD.id, 0, test)
+        _insert(connection, "tests", {name: value for name, value in values.items() if name in old})
+    connection.close()
+
+
+def test_a_database_of_the_first_release_is_brought_up_to_date_and_its_records_stay(
+    store: ResultStore,
+) -> None:
+    write_version_1(store)
+    assert store.history() == [RECORD]
+    store.start(replace(RECORD, id="new", workload={"tests": ["pp512"]}))
+    assert store.get("new").workload == {"tests": ["pp512"]}
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+
+
+def test_processes_that_migrate_at_once_do_it_once(store: ResultStore) -> None:
+    write_version_1(store)
+    processes = [spawn("print(len(store.history()))", store.path) for _ in range(4)]
+    for process in processes:
+        assert process.communicate(timeout=60) == ("1\n", "")
+
+
+def test_a_kill_at_any_moment_loses_no_finished_test(store: ResultStore) -> None:
+    """What the process said it had stored is there, and at most the one test that it was about to tell of."""
+    code = """
+name = sys.argv[2]
+store.start(replace(record, id=name))
+for number in range(10**6):
+    store.add_test(name, replace(test, depth=number))
+    print(number, flush=True)
+"""
+    chance = random.Random(5)
+    for round_ in range(8):
+        process = spawn(code, store.path, f"run{round_}")
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        told, _ = process.communicate(timeout=30)
+        last = max([0, *(int(line) for line in told.split("\n")[:-1])])
+        depths = [test.depth for test in store.get(f"run{round_}").tests]
+        assert depths == list(range(len(depths))) and len(depths) in (last + 1, last + 2)
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_kin_are_the_other_records_of_the_same_model_and_machine(store: ResultStore) -> None:
+    def stored(name: str, day: int, **changes: str) -> Record:
+        record = replace(
+            RECORD,
+            id=name,
+            when=f"2026-10-{day:02}T00:00:00+00:00",
+            identity=replace(RECORD.identity, **changes),  # type: ignore[arg-type]
+        )
+        store.start(record)
+        return record
+
+    mine = stored("mine", 2)
+    stored("other model", 3, model_digest="sampled-sha256:cd")
+    stored("other machine", 4, machine="m2")
+    for name, day in (("older", 1), ("newer", 5)):
+        stored(name, day, placement="p2")
+    assert [record.id for record in store.kin(mine)] == ["newer", "older"]
 
 
 def test_a_newer_database_is_left_alone(store: ResultStore) -> None:
