@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from qnext.engine.log_reader import read_buffer_sizes  # noqa: E402
+from qnext.engine.log_reader import BufferSize, read_buffer_sizes  # noqa: E402
 from qnext.engine.rpc import RpcWorker  # noqa: E402
 from qnext.engine.session import EngineSession  # noqa: E402
 from qnext.hardware import detect_machine  # noqa: E402
@@ -107,8 +107,8 @@ class Bench:
             devices.append(DeviceTraits("RPC0", "rpc", self._remote.buffer_type))
         return plan_memory(model.header, model.shape, placement, budgets, host=self._host, devices=devices)
 
-    def log(self, model: Model, placement: Placement, *, dry: bool) -> list[str]:
-        """What the engine's log says of the sizes of one load or dry run."""
+    def sizes(self, model: Model, placement: Placement, *, dry: bool) -> list[BufferSize]:
+        """What the engine says of the sizes of one load or dry run."""
         session = self._sessions[bool(placement.devices)]
         if placement.devices and not self._registered:
             self._registered = True
@@ -116,7 +116,7 @@ class Bench:
         if dry:
             return session.dry_run(str(model.path), placement)
         session.open(str(model.path), placement)
-        return list(session.size_lines)
+        return read_buffer_sizes(session.size_lines)
 
     def compare(self, model: Model, placement: Placement, *, dry_too: bool) -> None:
         """Load for real; every line of the log against the plan."""
@@ -129,7 +129,7 @@ class Bench:
             planned["KV", buffer] = device.kv_bytes
             planned["RS", buffer] = device.recurrent_bytes
             planned["output", buffer] = device.other_bytes
-        printed, lines = _read(self.log(model, placement, dry=False))
+        printed, lines = _sum(self.sizes(model, placement, dry=False))
         self.tally.combinations += 1
         for part, buffer in sorted(set(planned) | {key for key in printed if key[0] in PARTS}):
             off = abs(planned[part, buffer] - printed[part, buffer])
@@ -141,7 +141,7 @@ class Bench:
                     f" {planned[part, buffer]}, allocated {printed[part, buffer]}"
                 )
         if dry_too:
-            dry, _ = _read(self.log(model, placement, dry=True))
+            dry, _ = _sum(self.sizes(model, placement, dry=True))
             for key, size in printed.items():
                 if key[0] == "compute":
                     self.tally.dry_run_worst_ratio = max(
@@ -150,7 +150,7 @@ class Bench:
 
     def estimate(self, model: Model, placement: Placement) -> None:
         """The estimate of the compute buffers against a dry run."""
-        printed, _ = _read(self.log(model, placement, dry=True))
+        printed, _ = _sum(self.sizes(model, placement, dry=True))
         for device in self.plan(model, placement).devices:
             buffer = HOST if device.name == HOST else self._remote.buffer_type
             ratio = _ratio(device.compute_bytes, printed["compute", buffer])
@@ -247,11 +247,11 @@ def _full_placements(shape: ModelShape, *, quick: bool) -> Iterator[Placement]:
                     )
 
 
-def _read(log: list[str]) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
-    """Bytes and number of lines per part and buffer."""
+def _sum(found: list[BufferSize]) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+    """Bytes and number of buffers per part and buffer type."""
     sizes: dict[tuple[str, str], int] = defaultdict(int)
     lines: dict[tuple[str, str], int] = defaultdict(int)
-    for size in read_buffer_sizes(log):
+    for size in found:
         sizes[size.part, size.buffer] += size.bytes
         lines[size.part, size.buffer] += 1
     return sizes, lines

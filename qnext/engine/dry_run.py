@@ -1,8 +1,9 @@
 """llama.cpp's own account of a placement's memory, without reading any weights, kept in the cache.
 
 With `no_alloc` the engine builds its graphs and sizes every buffer from metadata alone, a few hundred
-milliseconds even for the 80B model. The answer depends on the tensor table, the placement and the engine
-build, so it is cached under a hash of the three.
+milliseconds even for the 80B model. The compute buffers are not those of its log, which are off with two
+devices or more, but those of a real load's reservation (`qnext.engine.llama.reserve`). The answer depends on
+the tensor table, the placement, the engine build and how it is asked, so it is cached under a hash of these.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from pathlib import Path
 
 from qnext.engine.build import EngineBuild
 from qnext.engine.cache import write_atomically
-from qnext.engine.log_reader import BufferSize, read_buffer_sizes
+from qnext.engine.log_reader import BufferSize
 from qnext.engine.session import EngineSession
 from qnext.errors import EngineError
 from qnext.models.header import ModelHeader
 from qnext.plan.values import Placement
+
+_METHOD = "compute of a real load's reservation"
+"""How the engine is asked: answers got in another way are not taken for these."""
 
 
 def header_digest(header: ModelHeader) -> str:
@@ -42,7 +46,7 @@ class DryRunner:
     def __init__(self, header: ModelHeader, build: EngineBuild, cache_dir: Path) -> None:
         self._header = header
         self._stand_in = cache_dir / "stand-ins" / f"{header_digest(header)}.gguf"
-        self._key = f"{header_digest(header)}:{build.digest}"
+        self._key = f"{header_digest(header)}:{build.digest}:{_METHOD}"
         self._folder = cache_dir / "dry-runs"
         self._session: EngineSession | None = None
 
@@ -55,7 +59,7 @@ class DryRunner:
         if self._session is None or not self._session.alive:
             self.close()
             self._session = EngineSession()
-        sizes = read_buffer_sizes(self._session.dry_run(str(self._file()), placement))
+        sizes = self._session.dry_run(str(self._file()), placement)
         if not any(size.part == "compute" for size in sizes):
             raise EngineError(
                 "the engine's dry run did not tell its compute buffers",

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Self, cast
 
 from qnext.engine.child import child_environment, silence_limit
 from qnext.engine.crash import EngineCrashError, explain_exit, interesting_tail
-from qnext.engine.log_reader import SIZE_LINE
+from qnext.engine.log_reader import SIZE_LINE, BufferSize, read_buffer_sizes
 from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
 from qnext.errors import EngineError
 from qnext.plan.values import Placement
@@ -144,11 +144,19 @@ class EngineSession:
         """Decode a few tokens and forget them, so that a layout that crashes does so now."""
         self._request("trying the first tokens", {"op": "warm_up"})
 
-    def dry_run(self, model: str, placement: Placement) -> list[str]:
-        """Simulate the allocation without reading weights; returns the `size_lines` that state it."""
+    def dry_run(self, model: str, placement: Placement) -> list[BufferSize]:
+        """Simulate the allocation without reading weights; returns what a load would allocate (weights 0)."""
         self._forget_log()
-        self._request("planning memory", {"op": "dry_run", "model": model, "placement": asdict(placement)})
-        return list(self.size_lines)
+        request: Message = {"op": "dry_run", "model": model, "placement": asdict(placement)}
+        compute = self._request("planning memory", request)["compute"]
+        sizes = read_buffer_sizes(self.size_lines)
+        if compute is None:
+            return sizes
+        reserved = cast("list[tuple[str, int]]", compute)
+        return [
+            *(size for size in sizes if size.part != "compute"),
+            *(BufferSize(buffer, "compute", size) for buffer, size in reserved),
+        ]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, control tokens recognised."""

@@ -93,6 +93,12 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
+class BufferInterface(ctypes.Structure):
+    """`struct ggml_backend_buffer_i` of ggml-backend-impl.h: eleven functions."""
+
+    _fields_ = (("functions", ctypes.c_void_p * 11),)
+
+
 _COPY = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 """Tensor, host memory, offset in the tensor, bytes."""
 
@@ -113,6 +119,15 @@ _SIGNATURES: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_backend_buffer_get_base": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_backend_buffer_get_type": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p]),
     "ggml_backend_buffer_free": ("ggml-base", None, [ctypes.c_void_p]),
+    "ggml_backend_buffer_init": (
+        "ggml-base",
+        ctypes.c_void_p,
+        [ctypes.c_void_p, BufferInterface, ctypes.c_void_p, ctypes.c_size_t],
+    ),
+    "ggml_backend_sched_get_n_backends": ("ggml-base", ctypes.c_int, [ctypes.c_void_p]),
+    "ggml_backend_sched_get_backend": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int]),
+    "ggml_backend_sched_get_buffer_type": ("ggml-base", ctypes.c_void_p, [ctypes.c_void_p] * 2),
+    "ggml_backend_sched_get_buffer_size": ("ggml-base", ctypes.c_size_t, [ctypes.c_void_p] * 2),
     "ggml_backend_alloc_ctx_tensors_from_buft": (
         "ggml-base",
         ctypes.c_void_p,

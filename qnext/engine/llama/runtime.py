@@ -19,6 +19,7 @@ from qnext.engine.llama.binding import EngineFailure
 from qnext.engine.llama.link import time_copies
 from qnext.engine.llama.memory import ContextMemory
 from qnext.engine.llama.params import ModelParams, context_params, placement_from_message
+from qnext.engine.llama.reserve import reserved_compute
 from qnext.engine.llama.sampling import sampler_chain
 from qnext.engine.llama.text import TextStream
 from qnext.engine.llama.vocabulary import Vocabulary
@@ -137,10 +138,17 @@ class Runtime:
         return {}
 
     def dry_run(self, model: str, placement: dict[str, Any]) -> dict[str, Any]:
-        """Metadata-only load and simulated allocation: the log then holds KV, state and compute sizes."""
+        """Metadata-only load and simulated allocation: the log then holds KV, state and compute sizes.
+
+        `compute` of the result are the compute buffers as a real load reserves them (buffer type, bytes),
+        None where only the log tells.
+        """
         self._load(model, placement_from_message(placement), no_alloc=True)
         self._make_context(None)
-        return self.close()
+        assert self._placement is not None
+        compute = reserved_compute(self._context, self._placement.outputs_max)
+        self.close()
+        return {"compute": compute}
 
     def close(self) -> dict[str, Any]:
         """Free context and model."""
