@@ -2,8 +2,8 @@
 
 Servers agree on the shape of a chunk and not on its details: thought comes as `reasoning_content`
 (llama-server, vLLM) or `reasoning` (newer vLLM, Ollama), an error inside the stream as text or as an object,
-the count of tokens in a last chunk without choices or in the one that finishes. Fields of a wrong type count as
-missing.
+the count of tokens in a last chunk without choices or in the one that finishes. Fields of a wrong type count
+as missing.
 """
 
 from __future__ import annotations

@@ -9,6 +9,16 @@ from typing import Annotated
 
 import typer
 
+from qnext.cli.bench_endpoint import (
+    DEFAULT_CONCURRENCY,
+    DEFAULT_DEADLINE,
+    ApiKeyEnv,
+    Concurrency,
+    Deadline,
+    Url,
+    bench_endpoint,
+    refuse_endpoint_flags,
+)
 from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table, progress_bar
@@ -24,8 +34,11 @@ app = typer.Typer(
 @app.command("run")
 @takes_plan_flags
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     flags: PlanFlags,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} With --url: the name of a model it serves."),
+    ] = None,
     prompts: Annotated[
         str, typer.Option("-p", "--n-prompt", metavar="N,…", help="Prefill tests: prompt tokens, or 0.")
     ] = "512",
@@ -40,13 +53,19 @@ def run(
         int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Samples per test.")
     ] = 5,
     yes: Yes = False,
+    url: Url = None,
+    concurrency: Concurrency = DEFAULT_CONCURRENCY,
+    api_key_env: ApiKeyEnv = None,
+    deadline: Deadline = DEFAULT_DEADLINE,
     json_output: Annotated[
         bool, typer.Option("--json", metavar="", help="Print the record as JSON.")
     ] = False,
-) -> None:
+) -> int:
     """Time prefill and decode as llama-bench does; every sample is kept.
 
-    Example: qnext bench run model.gguf -p 512,2048 -n 128 -d 0,4096 -r 5
+    Examples: qnext bench run model.gguf -p 512,2048 -n 128 -d 0,4096 -r 5
+
+    qnext bench run --url http://127.0.0.1:8080/v1 --concurrency 1,2,4,8
     """
     from qnext.bench.names import Scenario, parse_counts, scenarios
     from qnext.config import find_paths
@@ -55,10 +74,27 @@ def run(
     from qnext.report.record_view import record_view, result_line
     from qnext.store.record import TestResult, record_to_dict
 
+    if url is not None:
+        return bench_endpoint(
+            url,
+            model,
+            flags,
+            prompts=prompts,
+            generates=generates,
+            depths=depths,
+            repetitions=repetitions,
+            concurrency=concurrency,
+            api_key_env=api_key_env,
+            deadline=deadline,
+            json_output=json_output,
+        )
+    refuse_endpoint_flags(concurrency, api_key_env, deadline)
+    if model is None:
+        raise UsageError("Missing argument 'MODEL'", hint="qnext bench run demo")
     tests = scenarios(parse_counts(prompts, "-p"), parse_counts(generates, "-n"), parse_counts(depths, "-d"))
     if not tests:
         raise UsageError("there is nothing to measure", hint="Give -p or -n a number above 0.")
-    request = with_model_here(make_request(model, flags), find_paths(), yes=yes)
+    request = with_model_here(make_request(model, flags), find_paths(), yes=yes, silent=json_output)
     finished: list[TestResult] = []
     record_ids: list[str] = []
     try:
@@ -87,6 +123,7 @@ def run(
         print_json(record_to_dict(record))
     else:
         print_table(record_view(record))
+    return 0
 
 
 def _what_is_kept(record_ids: list[str], finished: int, wanted: int) -> str:
