@@ -1,95 +1,168 @@
-"""Which layers leave their experts in RAM, where layers differ in size: the GPU's room packed best.
+"""Which layers go to which device and which leave their experts in RAM: the room of all devices packed best.
 
-Quants such as Q4_K_M give half of the layers larger experts. `find_placement` leaves the tail of the model
-in RAM; with the same room a GPU may hold one small layer more, or exchange two small ones for a large one.
-Layers of one size are alike, so what is chosen is how many of each size stay in RAM, the last ones of each.
+`find_placement` fills the devices in order and leaves the tail's experts in RAM. With the same room they may
+hold more: a small layer instead of a large one (quants such as Q4_K_M give half of the layers larger
+experts), another cut between devices, so that what is left on each is worth least, or the same layers on a
+device that reads faster. A device that is slow or far may even be better left out. Experts stay on the device
+of their own layer or in RAM: moving the cut serves where another device would have room for them, without a
+crossing per layer, for which the forecast has no price.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import product
-from math import prod
+from itertools import combinations
 
+from qnext.plan.cut import DeviceShare, Packed, best_cut
 from qnext.plan.flags import expert_pattern
+from qnext.plan.layer_prices import LayerPrice, compute_needs, fixed_seconds, price_layers
 from qnext.plan.placement import Placed, Problem, check_placement
 from qnext.plan.turn import placed_seconds
 from qnext.plan.values import HOST, Override, Placement
+from qnext.plan.weights import layer_devices
 
-_MOST_COMBINATIONS = 20_000
-_TRIES = 10
+_CHECKS = 6
 """Packings that are checked exactly, the most promising first."""
+_MOST_CHOSEN_FROM = 4
+"""With more GPUs than this, leaving out some of them is not tried."""
 
 
 def pack_experts(problem: Problem, placed: Placed) -> Placed:
-    """`placed`, or a packing of the same placement on one GPU whose turn is shorter and that fits.
+    """`placed`, or a packing of the same context and ubatch whose turn is shorter and that fits.
 
-    Leaves alone what the user forced, several devices, and machines whose speeds are not known.
+    Obeys a forced split, number of layers or of expert layers; leaves alone what has overrides, and machines
+    whose speeds are not known.
     """
     placement, options = placed.placement, problem.options
-    forced = options.cpu_experts is not None or options.n_gpu_layers is not None or options.overrides
-    if problem.speeds is None or forced or len(placement.devices) != 1 or not placement.cpu_expert_layers:
+    if problem.speeds is None or options.overrides or not placement.devices:
         return placed
-    groups = _groups(problem)
-    if prod(len(group) + 1 for group in groups) > _MOST_COMBINATIONS:
+    if problem.offload_devices() == placement.devices[:1] and not placement.cpu_expert_layers:
         return placed
-    seconds = placed_seconds(problem, placed)
-    for layers in _promising(problem, placed, groups):
-        candidate = check_placement(problem, _with_layers(placement, layers))
-        if candidate.fits:
-            return candidate if placed_seconds(problem, candidate) < seconds else placed
+    packer = _Packer(problem, placement)
+    waiting = [found for names in packer.choices() if (found := packer.pack(names))]
+    for _ in range(_CHECKS):
+        if not waiting:
+            break
+        number, (_, candidate) = min(enumerate(waiting), key=lambda one: one[1][0])
+        if candidate == placement:
+            break
+        checked = check_placement(problem, candidate)
+        if checked.fits:
+            return checked if placed_seconds(problem, checked) < placed_seconds(problem, placed) else placed
+        packer.learn(checked)
+        again = packer.pack(candidate.devices)
+        if again is not None and again[1] != candidate:
+            waiting[number] = again
+        else:
+            del waiting[number]
     return placed
 
 
-def _groups(problem: Problem) -> list[list[int]]:
-    """The trunk's layers by the size of their experts, each in order."""
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for layer, size in enumerate(problem.shape.layer_bytes[: problem.shape.n_layer]):
-        by_size[size.expert_bytes].append(layer)
-    return list(by_size.values())
+class _Packer:
+    """Packs one placement's layers on any choice of devices."""
+
+    def __init__(self, problem: Problem, placement: Placement) -> None:
+        self._problem, self._placement = problem, placement
+        shape, options = problem.shape, problem.options
+        self._first = max(0, shape.n_layer_all + 1 - placement.n_gpu_layers)
+        moved = frozenset(range(self._first, shape.n_layer))
+        fixed = frozenset(placement.cpu_expert_layers) if options.cpu_experts is not None else None
+        self._free = moved if fixed is None and not shape.dense else frozenset()
+        self._in_ram = fixed or frozenset()
+        self._stay = tuple(layer for layer in placement.cpu_expert_layers if layer < self._first)
+        self._budgets = {budget.name: budget.budget_bytes for budget in problem.budgets}
+        self._lacking: dict[tuple[str, ...], dict[str, int]] = {}
+        self._prices: Mapping[str, list[LayerPrice]] = price_layers(problem, placement, self._names())
+
+    def choices(self) -> Iterator[tuple[str, ...]]:
+        """Sets of devices to try, in the engine's order."""
+        used, names = self._placement.devices, self._names()
+        needed = {name for name in used if self._problem.traits[name].kind != "gpu"}
+        if self._problem.options.tensor_split is not None or len(names) > _MOST_CHOSEN_FROM:
+            yield from dict.fromkeys((used, names))
+            return
+        for number in range(len(names), 0, -1):
+            yield from (chosen for chosen in combinations(names, number) if needed <= set(chosen))
+
+    def pack(self, names: tuple[str, ...]) -> tuple[float, Placement] | None:
+        """The best packing on these devices and about how long its turn takes; None if nothing fits."""
+        shape, placement, problem = self._problem.shape, self._placement, self._problem
+        ends = self._forced_ends(names)
+        busy = names if ends is None else tuple(name for name, end in ends.items() if end is not None)
+        needs = compute_needs(problem, placement, busy)
+        whole = fixed_seconds(problem, placement, names, busy)
+        lacking = self._lacking.get(names, {})
+        shares = [
+            DeviceShare(
+                prices=self._prices[name],
+                room=self._budgets[name] - lacking.get(name, 0),
+                need=needs[name],
+                free=self._free,
+                in_ram=self._in_ram,
+                trunk=shape.n_layer,
+                use_seconds=whole - fixed_seconds(problem, placement, names, _without(busy, name)),
+            )
+            for name in busy
+        ]
+        if ends is None:
+            found = best_cut(shares, self._first)
+        else:
+            stops = [end for end in ends.values() if end is not None]
+            starts = [self._first, *stops[:-1]]
+            found = (
+                stops,
+                [
+                    share.pack(*run)
+                    for share, run in zip(shares, zip(starts, stops, strict=True), strict=True)
+                ],
+            )
+        if found is None:
+            return None
+        stops, runs = found
+        base = whole - sum(share.use_seconds for share in shares)
+        return base + sum(run.seconds for run in runs), self._placement_of(names, stops, runs)
+
+    def learn(self, checked: Placed) -> None:
+        """Reckon with what a packing lacked that should have fitted."""
+        lacking = self._lacking.setdefault(checked.placement.devices, {})
+        for name, size in checked.missing.items():
+            lacking[name] = lacking.get(name, 0) + size
+
+    def _names(self) -> tuple[str, ...]:
+        if self._problem.options.tensor_split is not None:
+            return self._placement.devices
+        kinds = {name: self._problem.traits[name].kind for name in self._problem.offload_devices()}
+        used = self._placement.devices
+        return tuple(name for name, kind in kinds.items() if kind == "gpu" or name in used)
+
+    def _forced_ends(self, names: tuple[str, ...]) -> dict[str, int | None] | None:
+        """Where the run of each device ends that a forced split gives any layers; None without one."""
+        if self._problem.options.tensor_split is None:
+            return None
+        homes = layer_devices(self._problem.shape, self._placement, self._problem.used(self._placement))
+        last = {name: layer + 1 for layer, name in enumerate(homes) if name != HOST}
+        return {name: last.get(name) for name in names}
+
+    def _placement_of(self, names: tuple[str, ...], stops: list[int], runs: list[Packed]) -> Placement:
+        layers = set(self._stay) | self._in_ram
+        for run in runs:
+            layers |= set(run.in_ram)
+        chosen = tuple(sorted(layers))
+        rules = (Override(expert_pattern(chosen), HOST),) if chosen else ()
+        split = self._placement.tensor_split
+        if self._problem.options.tensor_split is None:
+            starts = [self._first, *stops[:-1]]
+            counts = tuple(float(stop - start) for start, stop in zip(starts, stops, strict=True))
+            split = counts if len(counts) > 1 else None
+        return replace(
+            self._placement,
+            devices=names,
+            tensor_split=split,
+            cpu_expert_layers=chosen,
+            overrides=rules,
+        )
 
 
-def _promising(problem: Problem, placed: Placed, groups: list[list[int]]) -> Iterator[tuple[int, ...]]:
-    """Sets of layers to leave in RAM, better than the present one if they fit, the best first.
-
-    What a layer of each size saves on the GPU is asked of the forecast once; the rest is adding up. There may
-    be a little more room than the present placement leaves: the buffer that experts are copied through is as
-    large as the largest in RAM.
-    """
-    shape, here = problem.shape, set(placed.placement.cpu_expert_layers)
-    sizes = [shape.layer_bytes[group[0]].expert_bytes for group in groups]
-    saved = [_saved(problem, placed, group[-1]) for group in groups]
-    device = placed.memory.devices[-1]
-    now = [sum(layer in here for layer in group) for group in groups]
-    room = (device.budget_bytes or 0) - device.total_bytes + max(sizes) - min(sizes)
-    options = []
-    for counts in product(*(range(len(group) + 1) for group in groups)):
-        moved = [before - after for before, after in zip(now, counts, strict=True)]
-        taken = sum(number * size for number, size in zip(moved, sizes, strict=True))
-        gain = sum(number * worth for number, worth in zip(moved, saved, strict=True))
-        if taken <= room and gain > 0 and any(counts):
-            options.append((gain, counts))
-    for _, counts in sorted(options, reverse=True)[:_TRIES]:
-        chosen = [layer for group, count in zip(groups, counts, strict=True) for layer in _last(group, count)]
-        yield tuple(sorted(chosen))
-
-
-def _saved(problem: Problem, placed: Placed, layer: int) -> float:
-    """Seconds of a turn that the experts of one layer cost in RAM instead of on the GPU."""
-    placement = placed.placement
-    every = tuple(range(problem.shape.n_layer))
-    others = tuple(number for number in every if number != layer)
-    both = (check_placement(problem, _with_layers(placement, layers)) for layers in (every, others))
-    all_there, one_less = (placed_seconds(problem, one) for one in both)
-    return all_there - one_less
-
-
-def _with_layers(placement: Placement, layers: tuple[int, ...]) -> Placement:
-    rule = Override(expert_pattern(layers), HOST)
-    return replace(placement, cpu_expert_layers=layers, overrides=(*placement.overrides[:-1], rule))
-
-
-def _last(group: list[int], count: int) -> list[int]:
-    return group[len(group) - count :]
+def _without(names: tuple[str, ...], left_out: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name != left_out)

@@ -11,7 +11,7 @@ byte moved to a GPU relieves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from qnext.models.header import ModelHeader
@@ -24,11 +24,14 @@ from qnext.plan.speed import MachineSpeeds
 from qnext.plan.split import deal_layers, layer_costs
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.values import HOST, Budget, Override, Placement
+from qnext.plan.weights import layer_devices
 
 ALL_LAYERS = 999
 """`-ngl` for "everything, the output layer too", the value llama.cpp's users write."""
 
 _DEAL_ROUNDS = 4
+_GUESSES = 5
+"""Checks whose number of layers is reckoned from what they cost; later ones halve what is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +165,14 @@ def _fewest_cpu_experts(problem: Problem, base: Placement) -> Placed:
     """Fewest tail layers with experts on the CPU.
 
     None at all is tried first: it alone needs no room on the GPU to copy CPU experts to, so it may fit where
-    one layer on the CPU does not. From there on, more on the CPU always fits better, and the bytes that are
-    over or left tell how many layers to move next, so that a few exact checks are enough.
+    one layer on the CPU does not. From there on, more on the CPU always fits better, and what the layers
+    cost tells how many to move next, so that a few exact checks are enough.
     """
     total = 0 if problem.shape.dense else problem.shape.n_layer
+    dealer = _Dealer(problem, base)
 
     def check(count: int) -> Placed:
-        return _dealt(problem, _with_cpu_experts(problem, base, tuple(range(total - count, total))))
+        return dealer.deal(_with_cpu_experts(problem, base, _tail(total, count)))
 
     best = check(0)
     if best.gpus_fit or total == 0:
@@ -176,25 +180,14 @@ def _fewest_cpu_experts(problem: Problem, base: Placement) -> Placed:
     best = check(total)
     if not best.gpus_fit:
         return best
-    return _search(check, best, _expert_bytes(problem))
-
-
-def _search(check: Callable[[int], Placed], best: Placed, expert_bytes: list[int]) -> Placed:
-    """The smallest count from 1 on whose check fits the GPUs; `best` is that of all layers, which does."""
-    low, high = 0, len(expert_bytes)  # the largest known to fail, the smallest known to fit
-    guess, spare = high, _spare(best)
-    for step in range(high):
+    low, high = 0, total  # the largest known to fail, the smallest known to fit
+    for step in range(total):
         if high - low <= 1:
             break
-        while guess > low and spare >= expert_bytes[-guess]:
-            spare -= expert_bytes[-guess]
-            guess -= 1
-        while guess < high and spare < 0:
-            spare += expert_bytes[-guess - 1]
-            guess += 1
-        guess = (low + high) // 2 if step > 5 else min(max(guess, low + 1), high - 1)
+        guess = (low + high) // 2
+        if step < _GUESSES:
+            guess = dealer.fewest_that_seem_to_fit(range(low + 1, high)) or high - 1
         candidate = check(guess)
-        spare = _spare(candidate)
         if candidate.gpus_fit:
             best, high = candidate, guess
         else:
@@ -202,18 +195,8 @@ def _search(check: Callable[[int], Placed], best: Placed, expert_bytes: list[int
     return best
 
 
-def _spare(placed: Placed) -> int:
-    """Bytes the devices have left; negative is what the worst of them lacks."""
-    left = [
-        device.budget_bytes - device.total_bytes
-        for device in placed.memory.devices
-        if device.name != HOST and device.budget_bytes is not None
-    ]
-    return min(left, default=0) if min(left, default=0) < 0 else sum(left)
-
-
-def _expert_bytes(problem: Problem) -> list[int]:
-    return [layer.expert_bytes for layer in problem.shape.layer_bytes[: problem.shape.n_layer]]
+def _tail(total: int, count: int) -> tuple[int, ...]:
+    return tuple(range(total - count, total))
 
 
 def _most_layers(problem: Problem, base: Placement) -> Placed:
@@ -224,15 +207,16 @@ def _most_layers(problem: Problem, base: Placement) -> Placed:
     """
     options, shape = problem.options, problem.shape
     head = shape.n_layer if options.cpu_experts is None else min(options.cpu_experts, shape.n_layer)
+    dealer = _Dealer(problem, base)
     base = _with_cpu_experts(problem, base, tuple(range(head)))
     low, high = 0, shape.n_layer_all
     if options.overrides:
-        low, best = 1, _dealt(problem, replace(base, n_gpu_layers=1))
+        low, best = 1, dealer.deal(replace(base, n_gpu_layers=1))
     else:
         best = check_placement(problem, on_cpu(problem, base))
     while low < high:
         middle = (low + high + 1) // 2
-        candidate = _dealt(problem, replace(base, n_gpu_layers=middle))
+        candidate = dealer.deal(replace(base, n_gpu_layers=middle))
         if candidate.gpus_fit:
             best, low = candidate, middle
         else:
@@ -241,38 +225,101 @@ def _most_layers(problem: Problem, base: Placement) -> Placed:
 
 
 def _dealt(problem: Problem, placement: Placement) -> Placed:
-    """The placement's layers dealt to its devices in order, each filled as far as it goes.
+    return _Dealer(problem, placement).deal(placement)
+
+
+class _Dealer:
+    """Deals a placement's layers to its devices in order, each filled as far as it goes.
 
     The first deal knows only what each layer costs; the exact check then says what each device needs beside
-    its layers (compute buffer, padding), and they are dealt again. Devices without a layer are left out.
+    its layers (compute buffer, padding), and they are dealt again. Later deals begin with the least that any
+    check has shown. Devices without a layer are left out.
     """
-    if len(placement.devices) < 2 or placement.tensor_split is not None:
-        return check_placement(problem, placement)
-    costs = layer_costs(problem.header, problem.shape, placement, problem.traits)
-    budgets = {budget.name: budget.budget_bytes for budget in problem.budgets}
-    beside = {name: (problem.compute or {}).get(name, 0) for name in placement.devices}
-    best: Placed | None = None
-    for _ in range(_DEAL_ROUNDS):
-        counts = deal_layers(costs, [budgets[name] - beside[name] for name in placement.devices])
-        kept = [(name, count) for name, count in zip(placement.devices, counts, strict=True) if count]
-        candidate = check_placement(
-            problem,
-            replace(
-                placement,
-                devices=tuple(name for name, _ in kept),
-                tensor_split=tuple(float(count) for _, count in kept) if len(kept) > 1 else None,
-            ),
-        )
-        if best is None or sum(candidate.missing.values()) < sum(best.missing.values()):
-            best = candidate
-        if candidate.gpus_fit:
-            return candidate
-        before, position = dict(beside), 0
-        totals = {device.name: device.total_bytes for device in candidate.memory.devices}
-        for name, count in kept:
-            beside[name] = max(beside[name], totals[name] - sum(costs[position : position + count]))
+
+    def __init__(self, problem: Problem, base: Placement) -> None:
+        self._problem, self._base = problem, base
+        self._budgets = {budget.name: budget.budget_bytes for budget in problem.budgets}
+        whole = replace(base, n_gpu_layers=ALL_LAYERS)
+        bare = _with_cpu_experts(problem, whole, tuple(range(problem.shape.n_layer)))
+        self._full = layer_costs(problem.header, problem.shape, whole, problem.traits)
+        self._bare = self._full
+        if bare != whole:
+            self._bare = layer_costs(problem.header, problem.shape, bare, problem.traits)
+        self._least = {name: (problem.compute or {}).get(name, 0) for name in base.devices}
+        self._latest = dict(self._least)
+        self._known: set[str] = set()
+
+    def deal(self, placement: Placement) -> Placed:
+        """The placement on as many of its devices as it needs, or the deal that lacks least."""
+        problem, devices = self._problem, placement.devices
+        if len(devices) < 2 or placement.tensor_split is not None:
+            placed = check_placement(problem, placement)
+            self._learn(placed)
+            return placed
+        beside = dict(self._least)
+        best: Placed | None = None
+        for _ in range(_DEAL_ROUNDS):
+            counts = self._counts(placement, beside)
+            kept = [(name, count) for name, count in zip(devices, counts, strict=True) if count]
+            candidate = check_placement(
+                problem,
+                replace(
+                    placement,
+                    devices=tuple(name for name, _ in kept),
+                    tensor_split=tuple(float(count) for _, count in kept) if len(kept) > 1 else None,
+                ),
+            )
+            if best is None or sum(candidate.missing.values()) < sum(best.missing.values()):
+                best = candidate
+            before, needs = dict(beside), self._learn(candidate)
+            if candidate.gpus_fit:
+                break
+            beside.update({name: max(beside[name], size) for name, size in needs.items()})
+            if beside == before:
+                break
+        assert best is not None
+        return best
+
+    def fewest_that_seem_to_fit(self, counts: Iterable[int]) -> int | None:
+        """The first number of tail layers with experts on the CPU that fits with what is known so far."""
+        total = self._problem.shape.n_layer
+        for count in counts:
+            placement = _with_cpu_experts(self._problem, self._base, _tail(total, count))
+            position, costs, fits = 0, self._costs(placement), True
+            for name, number in zip(self._base.devices, self._counts(placement, self._latest), strict=True):
+                taken = sum(costs[position : position + number])
+                fits = fits and taken <= self._budgets[name] - self._latest[name]
+                position += number
+            if fits:
+                return count
+        return None
+
+    def _costs(self, placement: Placement) -> list[int]:
+        """Bytes of each layer that moves, the output layer last."""
+        in_ram = frozenset(placement.cpu_expert_layers)
+        both = enumerate(zip(self._full, self._bare, strict=True))
+        costs = [bare if layer in in_ram else full for layer, (full, bare) in both]
+        return costs[max(len(costs) - placement.n_gpu_layers, 0) :]
+
+    def _counts(self, placement: Placement, beside: Mapping[str, int]) -> list[int]:
+        """Layers of each device: by a forced split, else as many as fit beside what else it needs."""
+        if placement.tensor_split is not None:
+            homes = layer_devices(self._problem.shape, placement, self._problem.used(placement))
+            return [homes.count(name) for name in placement.devices]
+        rooms = [self._budgets[name] - beside[name] for name in placement.devices]
+        return deal_layers(self._costs(placement), rooms)
+
+    def _learn(self, placed: Placed) -> dict[str, int]:
+        """What each device needs beside its layers, by an exact check."""
+        placement, needs, position = placed.placement, {}, 0
+        costs = self._costs(placement)
+        totals = {device.name: device.total_bytes for device in placed.memory.devices}
+        counts = self._counts(placement, {}) if placement.tensor_split else [len(costs)]
+        for name, count in zip(placement.devices, counts, strict=True):
+            needs[name] = totals[name] - sum(costs[position : position + count])
             position += count
-        if beside == before:
-            break
-    assert best is not None
-    return best
+            known = self._least[name] if name in self._known else needs[name]
+            self._least[name] = min(known, needs[name])
+        self._known |= set(needs)
+        self._latest.update(needs)
+        return needs
