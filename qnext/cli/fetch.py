@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli.output import note
+from qnext.cli.output import note, progress_bar
 
 if TYPE_CHECKING:
     from qnext.config import Paths
+    from qnext.pipeline.locate import OnHeaders
     from qnext.pipeline.planning import PlannedModel
     from qnext.pipeline.request import Request
 
@@ -20,19 +24,32 @@ Yes = Annotated[
 ]
 
 
-def with_model_here(request: Request, paths: Paths, *, yes: bool) -> Request:
-    """`request` with a model that is on this disk; fetched if need be.
+@contextmanager
+def header_bar(doing: str, *, silent: bool = False) -> Iterator[OnHeaders]:
+    """A bar on stderr while headers of published models are read, and then `doing`; none where `silent`."""
+    if silent:
+        yield lambda done, total: None
+        return
+    with progress_bar(doing) as show:
+
+        def move(done: int, total: int) -> None:
+            show(done / total, f"reading headers: {done} of {total}" if done < total else doing)
+
+        yield move
+
+
+def with_model_here(request: Request, paths: Paths, *, yes: bool, silent: bool = False) -> Request:
+    """`request` with a model that is on this disk; fetched if need be. `silent`: without progress bars.
 
     Raises ModelError when nobody agreed to that, and what planning and fetching raise.
     """
     from qnext.errors import ModelError
-    from qnext.pipeline.fetching import fetch_planned, plan_published
+    from qnext.pipeline.fetching import fetch_planned, find_or_plan
 
-    planned = plan_published(request, paths, note)
-    if planned is None:
-        return request
-    if planned.model.here:
-        return replace(request, model=planned.model.path)
+    with header_bar(f"planning {Path(request.model).name}", silent=silent) as read:
+        planned = find_or_plan(request, paths, note, read)
+    if isinstance(planned, str):
+        return replace(request, model=planned)
     if not (yes or _asked(planned)):
         raise ModelError(
             f"{planned.model.ref} is not on this disk",

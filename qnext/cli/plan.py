@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnext.cli.fetch import header_bar
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags, workload_named
 from qnext.cli.output import note, print_json, print_table
 from qnext.errors import UsageError
@@ -139,7 +140,8 @@ def plan(
     if all_models:
         _rank(request, paths, online=online, json_output=form == "json")
         return
-    planned = plan_model(request, paths, note)
+    with header_bar(f"planning {Path(request.model).name}", silent=form == "json") as read:
+        planned = plan_model(request, paths, note, read)
     fit = None
     if compare_fit:
         from qnext.pipeline.comparing import compare_fit as compare
@@ -159,7 +161,8 @@ def plan(
 def _rank(request: Request, paths: Paths, *, online: bool, json_output: bool) -> None:
     from qnext.pipeline.ranking import rank_models, ranking_to_dict
 
-    ranking = rank_models(request, paths, note, online=online)
+    with header_bar("ranking models", silent=json_output) as read:
+        ranking = rank_models(request, paths, note, online=online, on_progress=read)
     for warning in ranking.surroundings.warnings:
         note(warning)
     if json_output:

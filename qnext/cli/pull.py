@@ -59,11 +59,13 @@ def pull(
     paths = find_paths()
 
     def choose() -> str:
+        from qnext.cli.fetch import header_bar
         from qnext.cli.flags import PlanFlags, make_request
         from qnext.pipeline.pulling import choose_here
 
         nonlocal model
-        quant = choose_here(make_request(model, PlanFlags()), paths, note)
+        with header_bar(f"planning {model}", silent=json_output) as read:
+            quant = choose_here(make_request(model, PlanFlags()), paths, note, read)
         model = f"{model}:{quant}"  # what is named from here on is what was chosen
         return quant
 

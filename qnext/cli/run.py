@@ -123,7 +123,7 @@ def run(
     request = make_request(model or "", flags)
     if model is None:
         request = propose_model(request, paths, yes=yes)
-    request = with_model_here(request, paths, yes=yes)
+    request = with_model_here(request, paths, yes=yes, silent=json_output)
     try:
         with progress_bar(f"loading {Path(model or request.model).name}") as show:
             chat = ChatRun(

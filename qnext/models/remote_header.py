@@ -51,21 +51,40 @@ class _Wanted:
         return f"{self.quant.repo}/{_path(self.file)}"
 
 
+class _Within(Deadline):
+    """A deadline of its own, which passes with another one at the latest."""
+
+    def __init__(self, outer: Deadline | None) -> None:
+        super().__init__()
+        self._outer = outer
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, 0 or less when it has passed."""
+        own = super().left_s
+        return own if self._outer is None else min(own, self._outer.left_s)
+
+
 def read_remote_headers(
     quants: Sequence[QuantFile],
     cache_dir: Path,
     *,
     on_progress: Callable[[int, int], None] | None = None,
     on_failure: Callable[[QuantFile, ModelError], None] | None = None,
+    on_header: Callable[[QuantFile, ModelHeader], None] | None = None,
+    within: Deadline | None = None,
 ) -> dict[QuantFile, ModelHeader]:
     """The headers of `quants`, in their order; `paths` are the names in the repository.
 
-    `on_progress` hears of files done and of all files. A quant that cannot be read, or not by llama.cpp, is
-    told to `on_failure` and left out; without it the first such ModelError is raised. DownloadError, which
-    concerns all of them, is always raised.
+    `on_progress` hears of files done and of all files, `on_header` of each header as soon as it is whole:
+    what it does is done while the others are fetched. A quant that cannot be read, or not by llama.cpp, is
+    told to `on_failure` and left out; without it the first such ModelError is raised. All three are called in
+    this thread. DownloadError, which concerns all of them, is always raised. It ends `within` that
+    deadline, which another thread may bring forward.
     """
     wanted = [_Wanted(quant, number) for quant in quants for number in range(len(quant.files))]
     done: dict[_Wanted, ShardHeader | ModelError] = {}
+    headers: dict[QuantFile, ModelHeader] = {}
 
     def take(one: _Wanted, header: ShardHeader | ModelError) -> None:
         done[one] = header
@@ -73,24 +92,30 @@ def read_remote_headers(
             raise header
         if on_progress:
             on_progress(len(done), len(wanted))
+        shards = [done[part] for n in range(len(one.quant.files)) if (part := _Wanted(one.quant, n)) in done]
+        if len(shards) == len(one.quant.files):
+            finish(one.quant, shards)
 
-    missing = []
-    for one in wanted:
-        kept = _read_kept(one, cache_dir) or _read_cached_file(one, cache_dir)
-        if kept is None:
-            missing.append(one)
-        else:
-            take(one, kept)
-    _fetch(missing, cache_dir, take)
-    headers: dict[QuantFile, ModelHeader] = {}
-    for quant in quants:
+    def finish(quant: QuantFile, shards: Sequence[ShardHeader | ModelError]) -> None:
         try:
-            headers[quant] = _join(quant, [done[_Wanted(quant, n)] for n in range(len(quant.files))])
+            headers[quant] = _join(quant, shards)
         except ModelError as error:
             if on_failure is None:
                 raise
             on_failure(quant, error)
-    return headers
+        else:
+            if on_header:
+                on_header(quant, headers[quant])
+
+    kept, missing = [], []
+    for one in wanted:
+        header = _read_kept(one, cache_dir) or _read_cached_file(one, cache_dir)
+        if header is None:
+            missing.append(one)
+        else:
+            kept.append((one, header))
+    _fetch(missing, kept, cache_dir, take, _Within(within))
+    return {quant: headers[quant] for quant in quants if quant in headers}
 
 
 def _join(quant: QuantFile, shards: Sequence[ShardHeader | ModelError]) -> ModelHeader:
@@ -103,22 +128,30 @@ def _join(quant: QuantFile, shards: Sequence[ShardHeader | ModelError]) -> Model
 
 
 def _fetch(
-    missing: Sequence[_Wanted], cache_dir: Path, take: Callable[[_Wanted, ShardHeader | ModelError], None]
+    missing: Sequence[_Wanted],
+    kept: Sequence[tuple[_Wanted, ShardHeader]],
+    cache_dir: Path,
+    take: Callable[[_Wanted, ShardHeader | ModelError], None],
+    deadline: Deadline,
 ) -> None:
-    """Reads the headers from the network and hands each over as it comes."""
-    pending = list(missing)
-    known: Vocabulary | None = None
-    deadline = Deadline()
-    # One file whole, and with it the vocabulary of all; a file that cannot be read has none to give.
-    while first := next((one for one in pending if one.number == 0), None):
-        pending.remove(first)
-        header, known = _read_whole(first, cache_dir, deadline)
-        take(first, header)
-        if not isinstance(header, ModelError):
-            break
+    """Hands over what is kept, and what is missing as it comes from the network."""
+    firsts = [one for one in missing if one.number == 0]
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
     try:
-        waiting = {pool.submit(_read, one, cache_dir, deadline, known): one for one in pending}
+        # Later shards hold no vocabulary, so they need not wait for it.
+        waiting = {pool.submit(_read, one, cache_dir, deadline, None): one for one in missing if one.number}
+        # One file whole, and with it the vocabulary of all; a file that cannot be read has none to give.
+        known: Vocabulary | None = None
+        ready: list[tuple[_Wanted, ShardHeader | ModelError]] = list(kept)
+        while firsts:
+            first = firsts.pop(0)
+            header, known = _read_whole(first, cache_dir, deadline)
+            ready.append((first, header))
+            if isinstance(header, ShardHeader):
+                break
+        waiting |= {pool.submit(_read, one, cache_dir, deadline, known): one for one in firsts}
+        for one, header in ready:
+            take(one, header)
         for future in as_completed(waiting):
             take(waiting[future], future.result())
     finally:

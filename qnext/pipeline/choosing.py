@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 from qnext.models.quality import quality_of
@@ -13,19 +13,15 @@ from qnext.plan.values import Reason
 
 
 def choose_model(
-    models: Sequence[LocatedModel],
-    make_problem: Callable[[LocatedModel], Problem],
-    prefer: Preference,
-    min_tps: float | None,
+    weighed: Sequence[tuple[Candidate, LocatedModel]], prefer: Preference, min_tps: float | None
 ) -> tuple[LocatedModel, tuple[Candidate, ...], Reason | None]:
-    """(the quant to take, all of them weighed with the best first, why); the smallest where none fits."""
-    weighed = [(weigh_model(model, make_problem(model)), model) for model in models]
-    weighed.sort(key=lambda pair: (pair[0].quality, pair[0].size_bytes), reverse=True)
-    candidates = tuple(candidate for candidate, _ in weighed)
+    """(the quant to take, all of them with the best first, why); the smallest where none fits."""
+    ordered = sorted(weighed, key=lambda pair: (pair[0].quality, pair[0].size_bytes), reverse=True)
+    candidates = tuple(candidate for candidate, _ in ordered)
     chosen, reason = choose_quant(candidates, prefer, min_tps)
     if chosen is None:
-        return min(models, key=lambda model: model.header.file_bytes), candidates, None
-    return next(model for candidate, model in weighed if candidate is chosen), candidates, reason
+        return min((model for _, model in ordered), key=lambda m: m.header.file_bytes), candidates, None
+    return next(model for candidate, model in ordered if candidate is chosen), candidates, reason
 
 
 def weigh_model(model: LocatedModel, problem: Problem) -> Candidate:

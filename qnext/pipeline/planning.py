@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from qnext.config import Paths
@@ -12,7 +13,7 @@ from qnext.engine.dry_run import DryRunner
 from qnext.engine.log_reader import BufferSize
 from qnext.errors import DoesNotFitError, EngineError
 from qnext.hardware import Machine
-from qnext.pipeline.locate import LocatedModel, locate_models
+from qnext.pipeline.locate import LocatedModel, OnHeaders, locate_models
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.choice import choose_placement
@@ -24,7 +25,7 @@ from qnext.plan.problem import make_problem
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.turn import forecast
-from qnext.plan.values import HOST, Placement, Prediction, Workload
+from qnext.plan.values import HOST, Placement, Prediction, Reason, Workload
 from qnext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -55,21 +56,59 @@ class PlannedModel:
         return forecast(self.problem, plan.placement, plan.devices, self.surroundings.speeds, workload)[0]
 
 
-def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
-    """Plan `request` on its machine. Never raises for a model that does not fit: see `Plan.fits`."""
-    models = locate_models(request.model, paths, notice)
-    surroundings = look_around(request, paths, notice)
+@dataclass(frozen=True, slots=True)
+class ChosenModel:
+    """The model to plan on its machine; `candidates` and `why` are of the choice between several quants."""
 
-    def problem_of(model: LocatedModel) -> Problem:
-        return problem_on(surroundings.machine, model, request, surroundings)
-
-    model, why = models[0], None
+    model: LocatedModel
+    surroundings: Surroundings
     candidates: tuple[Candidate, ...] = ()
-    if len(models) > 1:
-        from qnext.pipeline.choosing import choose_model
+    why: Reason | None = None
 
-        model, candidates, why = choose_model(models, problem_of, request.prefer, request.min_tps)
-    problem = problem_of(model)
+
+def plan_model(
+    request: Request, paths: Paths, notice: Notice, on_headers: OnHeaders | None = None
+) -> PlannedModel:
+    """Plan `request` on its machine. Never raises for a model that does not fit: see `Plan.fits`."""
+    return plan_chosen(request, paths, choose_quant_here(request, paths, notice, on_headers))
+
+
+def choose_quant_here(
+    request: Request, paths: Paths, notice: Notice, on_headers: OnHeaders | None = None
+) -> ChosenModel:
+    """Read the header of the model, or of all its quants, and choose by arithmetic where there are several.
+
+    Each is weighed as its header comes. The machine is looked at before headers are read: what may have to be
+    measured for it must not be disturbed by that.
+    """
+
+    @cache
+    def around() -> Surroundings:
+        return look_around(request, paths, notice)
+
+    weighed: list[tuple[Candidate, LocatedModel]] = []
+
+    def weigh(model: LocatedModel) -> None:
+        from qnext.pipeline.choosing import weigh_model
+
+        problem = problem_on(around().machine, model, request, around())
+        weighed.append((weigh_model(model, problem), model))
+
+    models = locate_models(
+        request.model, paths, notice, on_headers=on_headers, on_listed=around, on_model=weigh
+    )
+    if len(models) == 1:
+        return ChosenModel(models[0], around())
+    from qnext.pipeline.choosing import choose_model
+
+    model, candidates, why = choose_model(weighed, request.prefer, request.min_tps)
+    return ChosenModel(model, around(), candidates, why)
+
+
+def plan_chosen(request: Request, paths: Paths, chosen: ChosenModel) -> PlannedModel:
+    """Plan one model, its compute buffers from a dry run where there is an engine."""
+    model, surroundings = chosen.model, chosen.surroundings
+    problem = problem_on(surroundings.machine, model, request, surroundings)
     if surroundings.build is None:
         plan = make_plan(model.ref, problem, surroundings.speeds)
         if not plan.fits:
@@ -80,10 +119,10 @@ def plan_model(request: Request, paths: Paths, notice: Notice) -> PlannedModel:
     plan = replace(
         plan,
         argv=tuple(model.path if word == str(model.header.paths[0]) else word for word in plan.argv),
-        reasons=((why, *plan.reasons) if why else plan.reasons),
+        reasons=((chosen.why, *plan.reasons) if chosen.why else plan.reasons),
         warnings=(*surroundings.warnings, *_known_faults(model), *plan.warnings),
     )
-    return PlannedModel(model, surroundings, problem, plan, candidates)
+    return PlannedModel(model, surroundings, problem, plan, chosen.candidates)
 
 
 def problem_on(

@@ -22,6 +22,7 @@ from qnext.models.hub_cache import hub_folder
 from qnext.models.hub_ref import HubRef, parse_ref
 from qnext.models.published import Listing, QuantFile
 from qnext.models.quant_names import pick_quant
+from qnext.pipeline.locate import OnHeaders
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice
 from qnext.units import format_bytes
@@ -131,14 +132,14 @@ def describe(wanted: Wanted, good: Mapping[Place, bool] | None = None) -> dict[s
     }
 
 
-def choose_here(request: Request, paths: Paths, notice: Notice) -> str:
+def choose_here(request: Request, paths: Paths, notice: Notice, on_headers: OnHeaders | None = None) -> str:
     """The quant of `request.model` that `qnext plan` takes on this machine; `notice` is told which and why.
 
     Raises DoesNotFitError when none fits, and what `plan_model` raises.
     """
     from qnext.pipeline.planning import plan_model
 
-    planned = plan_model(request, paths, notice)
+    planned = plan_model(request, paths, notice, on_headers)
     assert planned.model.published is not None
     quant = planned.model.published.quant
     if not planned.plan.fits:

@@ -10,7 +10,8 @@ the answers come no slower than people read and the quant is not poor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from qnext.config import Paths
 from qnext.errors import QnextError
 from qnext.models.catalogue import CatalogueModel, load_catalogue
 from qnext.models.quality import quality_of
+from qnext.models.ranged import Deadline
 from qnext.pipeline.choosing import choose_model, weigh_model
 from qnext.pipeline.locate import LocatedModel, locate_models
 from qnext.pipeline.planning import problem_on
@@ -28,6 +30,11 @@ from qnext.plan.options import SMALLEST_CONTEXT
 from qnext.plan.quants import BALANCED_SHARE, Candidate, Preference, candidate_to_dict, choose_quant
 from qnext.plan.values import HOST
 from qnext.units import GIB, format_bytes
+
+Located = tuple[LocatedModel, ...] | QnextError
+
+_AT_ONCE = 8
+"""Repositories that are read at the same time."""
 
 Basis = Literal["shape", "headers", "size"]
 """What an entry rests on: computed headers, published ones, or sizes alone."""
@@ -92,20 +99,24 @@ def rank_models(
     *,
     online: bool = False,
     surroundings: Surroundings | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
     """Every model of the catalogue on the machine of `request`, whose `model` is not looked at.
 
-    With `online` headers are read from the Hub or the cache; a model whose headers cannot be had is judged by
-    size, and `notice` says why. Raises ModelError, HardwareError, UsageError.
+    With `online` headers are read from the Hub or the cache, `on_progress` hears of how many models of how
+    many; a model whose headers cannot be had is judged by size, and `notice` says why. Raises ModelError,
+    HardwareError, UsageError.
     """
     around = look_around(request, paths, notice) if surroundings is None else surroundings
     floor = READING_TPS if request.min_tps is None else request.min_tps
     planned: dict[tuple[str, str], Candidate] = {}
     entries = []
-    for model in load_catalogue():
+    models = load_catalogue()
+    read = _read_all([one for one in models if one.shape is None], paths, on_progress) if online else {}
+    for model in models:
         ranked = _from_shape(model, request, around, floor, planned)
         if ranked is None and online:
-            ranked = _from_headers(model, request, around, floor, paths, notice)
+            ranked = _from_headers(model, read[model.name], request, around, floor, notice)
         if ranked is None:
             ranked = _by_size(model, request, around)
         elif ranked.tier == "too large" and ranked.basis == "shape":
@@ -205,25 +216,47 @@ def _weigh_shape(shape: str, quant: str, request: Request, around: Surroundings)
     return weigh_model(model, problem_on(around.machine, model, request, around))
 
 
+def _read_all(
+    models: Sequence[CatalogueModel], paths: Paths, on_progress: Callable[[int, int], None] | None
+) -> dict[str, Located]:
+    """The published headers of `models` by name, of several at once; what went wrong for those without."""
+    deadline = Deadline()
+
+    def read(model: CatalogueModel) -> Located:
+        try:
+            return locate_models(model.name, paths, lambda _: None, within=deadline)
+        except QnextError as error:
+            return error
+
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="model")
+    try:
+        waiting = {pool.submit(read, model): model.name for model in models}
+        found: dict[str, Located] = {}
+        for future in as_completed(waiting):
+            found[waiting[future]] = future.result()
+            if on_progress is not None:
+                on_progress(len(found), len(models))
+        return found
+    finally:
+        deadline.cancel()  # after Ctrl-C the others need not go on
+        pool.shutdown(cancel_futures=True)
+
+
 def _from_headers(
     model: CatalogueModel,
+    located: Located,
     request: Request,
     around: Surroundings,
     floor: float,
-    paths: Paths,
     notice: Notice,
 ) -> Ranked | None:
     """Planned from published headers; None, with a notice, where they cannot be had."""
-    try:
-        located = locate_models(model.name, paths, lambda _: None)
-    except QnextError as error:
-        notice(f"{model.name} is judged by size alone: {error.message}")
+    if isinstance(located, QnextError):
+        notice(f"{model.name} is judged by size alone: {located.message}")
         return None
-    taken, candidates, reason = choose_model(
-        located, lambda one: problem_on(around.machine, one, request, around), request.prefer, request.min_tps
-    )
-    quant = taken.published.quant if taken.published else ""
-    candidate = next(one for one in candidates if one.quant == quant)
+    weighed = [(weigh_model(one, problem_on(around.machine, one, request, around)), one) for one in located]
+    taken, _, reason = choose_model(weighed, request.prefer, request.min_tps)
+    candidate = next(candidate for candidate, one in weighed if one is taken)
     because = reason.because if reason else "the smallest published"
     return Ranked(model, candidate, "headers", tier_of(candidate, floor), True, because)
 
