@@ -12,7 +12,7 @@ import typer
 from qnext.cli.output import note, print_json, print_table, stderr_console
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from qnext.models.download import OnProgress, Progress
     from qnext.models.held import Place
@@ -146,28 +146,16 @@ def _complain(model: str, wanted: Wanted, bad: tuple[Place, ...]) -> None:
         raise DownloadError(f"Not here as a whole: {', '.join(missing)}", hint=f"qnext pull {model}")
 
 
-def _files_table(wanted: Wanted, good: dict[Place, bool] | None = None) -> Table:
+def _files_table(wanted: Wanted, good: dict[Place, bool] | None = None) -> Group:
     """Files with size and what is here of each, and with `good` whether its contents are right."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from qnext.units import format_bytes
 
     quant = wanted.quant
-    missing = quant.size_bytes - wanted.bytes_here
-    free = format_bytes(wanted.free_bytes)
-    table = Table(
-        title=f"{quant.repo}:{quant.quant} at {quant.revision[:12]}",
-        title_justify="left",
-        caption=(
-            f"{format_bytes(missing)} to fetch into {wanted.cache} ({free} free)"
-            if missing
-            else f"in {wanted.cache}"
-        ),
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("here" if good is None else "contents", justify="right", no_wrap=True)
@@ -181,7 +169,15 @@ def _files_table(wanted: Wanted, good: dict[Place, bool] | None = None) -> Table
     if len(wanted.places) > 1:
         total = format_bytes(wanted.bytes_here) if good is None else ""
         table.add_row("all", format_bytes(quant.size_bytes), total)
-    return table
+    # Beside the table, not its title and caption: those are wrapped to the width of its columns.
+    title = f"{quant.repo}:{quant.quant} at {quant.revision[:12]}"
+    missing = quant.size_bytes - wanted.bytes_here
+    where = f"in {wanted.cache}"
+    if missing:
+        where = (
+            f"{format_bytes(missing)} to fetch into {wanted.cache} ({format_bytes(wanted.free_bytes)} free)"
+        )
+    return Group(Text(title, style="italic"), table, Text(where, style="dim"))
 
 
 def _here_words(place: Place) -> str:
