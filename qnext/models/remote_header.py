@@ -1,9 +1,9 @@
 """Headers of published models: every shard of every quant at once, kept by the digest of its contents.
 
-Twelve connections are enough to hide the latency and few enough for a server. One file is read whole first;
-its vocabulary then stands for that of the others (`vocabulary_twin`). What is kept is the parsed header of
-each file, 15 KB compressed: twenty are read in a tenth of a second, and a digest never goes stale. Files
-that lie in the Hugging Face cache are read there.
+Twelve connections are enough to hide the latency and few enough for a server. One file is read whole while
+the others are begun; its vocabulary then stands for theirs (`vocabulary_twin`). What is kept is the parsed
+header of each file, 15 KB compressed: twenty are read in a tenth of a second, and a digest never goes stale.
+Files that lie in the Hugging Face cache are read there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from qnext.models.gguf_source import FileSource
 from qnext.models.header import ModelHeader, SkippedArray, TensorInfo
 from qnext.models.hub import cached_file, open_remote
 from qnext.models.published import QuantFile, RepoFile
-from qnext.models.ranged import Deadline
+from qnext.models.ranged import Deadline, HttpSource
 from qnext.models.vocabulary_twin import HEAD_BYTES, RecordedSource, TwinSource, Vocabulary, find_vocabulary
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 12
+_WHOLE_BYTES = 2 << 20
+"""Asked for at first of the file that is read whole; then 4 MiB at a time. Its header is 5 to 10 MB."""
 _FORMAT = 1
 
 
@@ -135,21 +137,21 @@ def _fetch(
     deadline: Deadline,
 ) -> None:
     """Hands over what is kept, and what is missing as it comes from the network."""
-    firsts = [one for one in missing if one.number == 0]
     pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="header")
     try:
-        # Later shards hold no vocabulary, so they need not wait for it.
-        waiting = {pool.submit(_read, one, cache_dir, deadline, None): one for one in missing if one.number}
+        firsts = [one for one in missing if one.number == 0]
+        first_bytes = dict.fromkeys(firsts[:1], _WHOLE_BYTES)
+        begun = {one: pool.submit(_begin, one, first_bytes.get(one, HEAD_BYTES), deadline) for one in missing}
         # One file whole, and with it the vocabulary of all; a file that cannot be read has none to give.
         known: Vocabulary | None = None
         ready: list[tuple[_Wanted, ShardHeader | ModelError]] = list(kept)
         while firsts:
             first = firsts.pop(0)
-            header, known = _read_whole(first, cache_dir, deadline)
+            header, known = _read_whole(first, begun.pop(first), cache_dir)
             ready.append((first, header))
             if isinstance(header, ShardHeader):
                 break
-        waiting |= {pool.submit(_read, one, cache_dir, deadline, known): one for one in firsts}
+        waiting = {pool.submit(_read, one, source, cache_dir, known): one for one, source in begun.items()}
         for one, header in ready:
             take(one, header)
         for future in as_completed(waiting):
@@ -159,11 +161,18 @@ def _fetch(
         pool.shutdown(cancel_futures=True)
 
 
+def _begin(one: _Wanted, first: int, deadline: Deadline) -> HttpSource:
+    """A file with its beginning read, for which no vocabulary is needed."""
+    source = open_remote(one.quant, one.file, first=first, deadline=deadline)
+    source.read(0, HEAD_BYTES)
+    return source
+
+
 def _read_whole(
-    one: _Wanted, cache_dir: Path, deadline: Deadline
+    one: _Wanted, begun: Future[HttpSource], cache_dir: Path
 ) -> tuple[ShardHeader | ModelError, Vocabulary | None]:
-    source = open_remote(one.quant, one.file, deadline=deadline)
     try:
+        source = begun.result()
         recorded = RecordedSource(source)
         header = read_shard(recorded, one.number)
     except ModelError as error:
@@ -174,22 +183,19 @@ def _read_whole(
 
 
 def _read(
-    one: _Wanted, cache_dir: Path, deadline: Deadline, known: Vocabulary | None
+    one: _Wanted, begun: Future[HttpSource], cache_dir: Path, known: Vocabulary | None
 ) -> ShardHeader | ModelError:
-    # Later shards hold tensors only, some 100 KB of table.
     vocabulary = known if one.number == 0 else None
-    small = vocabulary is not None or one.number > 0
-    source = open_remote(one.quant, one.file, first=HEAD_BYTES if small else 1 << 20, deadline=deadline)
     try:
+        source = begun.result()
         twin = TwinSource(source, vocabulary) if vocabulary else None
         try:
             header = read_shard(twin or source, one.number)
         except ModelError:
             if twin is None or not twin.borrowed:
                 raise
-            header = read_shard(
-                source, one.number
-            )  # let the file speak for itself before it is called broken
+            # Let the file speak for itself before it is called broken.
+            header = read_shard(source, one.number)
     except ModelError as error:
         return error
     log.info("%s: %d bytes in %d requests", one.name, source.fetched, source.requests)
