@@ -89,13 +89,19 @@ def result_warnings(result: EndpointResult) -> tuple[str, ...]:
         found.append(
             f"Output tokens are counted {_SOURCES[result.output_source]}, not by the server's usage."
         )
+    said: dict[str, list[int]] = {}
     for level in result.levels:
-        clients = f"{level.concurrency} client{'' if level.concurrency == 1 else 's'}"
-        found += [f"{clients}: {text}" for text in _level_warnings(level, result)]
+        for text in _level_warnings(level, result):
+            said.setdefault(text, []).append(level.concurrency)
+    found += [f"{_clients(counts)}: {text}" for text, counts in said.items()]
     missing = result.concurrency[len(result.levels) :]
     if missing:
-        found.append(f"Not measured after that: {', '.join(map(str, missing))} clients.")
+        found.append(f"Not measured after that: {_clients(missing)}.")
     return tuple(found)
+
+
+def _clients(counts: Sequence[int]) -> str:
+    return f"{', '.join(map(str, counts))} client{'' if tuple(counts) == (1,) else 's'}"
 
 
 _SOURCES = {"usage": "by usage", "tokenize": "by the server's /tokenize", "estimate": "by our estimate"}

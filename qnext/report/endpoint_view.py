@@ -9,11 +9,15 @@ from qnext.bench.endpoint_result import EndpointResult, result_warnings
 from qnext.report.words import digits, local_time, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Group, RenderableType
+    from rich.table import Table
 
 _LEGEND = (
-    "TTFT: time to first token. Gap: between two chunks of text, at the median, 95 and 99 of 100.\n"
-    "Prefill and decode: t/s of one request, median. In, out: t/s of all clients together."
+    "TTFT: time to first token. Gap: between two chunks of text, median; 95 and 99 of",
+    "100 are shorter than p95 and p99. Prefill, decode: of one request, median.",
+    "All in, all out: t/s of all clients together.",
 )
 
 
@@ -31,17 +35,18 @@ def endpoint_view(result: EndpointResult) -> Group:
     software = " ".join(part for part in (server.software, server.build) if part) or "unnamed software"
     requests = plural(result.repetitions, "request")
     facts = (
-        f"server {software}; {requests} per client, {result.prompt:,} tokens in, {result.generate:,} out, "
-        f"greedy, {server.api} API, fresh text each time"
+        f"server {software}, {server.api} API\n"
+        f"{requests} per client, {result.prompt:,} tokens in, {result.generate:,} out, greedy, fresh text"
     )
-    warnings = [Text(f"warning: {text}", style="yellow") for text in result_warnings(result)]
     return Group(
         headline,
         Text(facts, style="dim"),
         Text(),
-        _table(result),
-        Text(_LEGEND, style="dim"),
-        *warnings,
+        _times(result.levels),
+        Text(),
+        _speeds(result.levels),
+        Text("\n".join(_LEGEND), style="dim"),
+        *(Text(f"warning: {text}", style="yellow") for text in result_warnings(result)),
     )
 
 
@@ -58,14 +63,9 @@ def level_line(level: Level) -> str:
     )
 
 
-def _table(result: EndpointResult) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("clients", "TTFT ms", "low–high", "gap ms", "p95", "p99", "prefill", "decode", "in", "out")
-    for title in (*titles, "failed") if any(level.failed for level in result.levels) else titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for level in result.levels:
+def _times(levels: Sequence[Level]) -> RenderableType:
+    table = _table("clients", "TTFT ms", "low–high", "gap ms", "p95", "p99", "requests", "failed")
+    for level in levels:
         ttft, gap = level.ttft_ns, level.gap_ns
         table.add_row(
             str(level.concurrency),
@@ -74,12 +74,31 @@ def _table(result: EndpointResult) -> RenderableType:
             _ms(gap.median if gap else None),
             _ms(gap.p95 if gap else None),
             _ms(gap.p99 if gap else None),
-            _median(level.prefill_tps),
-            _median(level.decode_tps),
+            f"{len(level.exchanges):,}",
+            f"{len(level.failed):,}",
+        )
+    return table
+
+
+def _speeds(levels: Sequence[Level]) -> RenderableType:
+    table = _table("clients", "prefill t/s", "low–high", "decode t/s", "low–high", "all in", "all out")
+    for level in levels:
+        table.add_row(
+            str(level.concurrency),
+            *_figure_and_range(level.prefill_tps),
+            *_figure_and_range(level.decode_tps),
             _figure(level.input_tps),
             _figure(level.output_tps),
-            *([str(len(level.failed))] if len(table.columns) > len(titles) else []),
         )
+    return table
+
+
+def _table(*titles: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
     return table
 
 
@@ -87,8 +106,10 @@ def _ms(time_ns: float | None) -> str:
     return "–" if time_ns is None else digits(time_ns / 1e6)
 
 
-def _median(found: Spread | None) -> str:
-    return _figure(found.median if found else None)
+def _figure_and_range(found: Spread | None) -> tuple[str, str]:
+    return (
+        ("–", "–") if found is None else (digits(found.median), f"{digits(found.low)}–{digits(found.high)}")
+    )
 
 
 def _figure(value: float | None) -> str:
