@@ -19,6 +19,7 @@ from qnext.cli.bench_endpoint import (
     bench_endpoint,
     refuse_endpoint_flags,
 )
+from qnext.cli.bench_records import register
 from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table, progress_bar
@@ -192,3 +193,6 @@ def show(
         print_json(record_to_dict(record))
     else:
         print_table(record_view(record, samples=True))
+
+
+register(app)

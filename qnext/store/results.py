@@ -39,9 +39,18 @@ class ResultStore:
                     f"record {record.id} is stored already in {self.path}",
                     hint=f"Look at it: qnext bench show {record.id}",
                 )
-            _insert(connection, "runs", run_row(record))
-            for position, test in enumerate(record.tests):
-                _insert(connection, "tests", test_row(record.id, position, test))
+            _insert_record(connection, record)
+
+    def keep(self, records: Sequence[Record]) -> set[str]:
+        """Store finished records all together; the ids of those that were here already, which stay."""
+        known = set()
+        with self._writing() as connection:
+            for record in records:
+                if connection.execute("SELECT 1 FROM runs WHERE id = ?", (record.id,)).fetchone():
+                    known.add(record.id)
+                else:
+                    _insert_record(connection, record)
+        return known
 
     def add_test(self, record_id: str, test: TestResult) -> None:
         """Store one more test of a record, at once and for good."""
@@ -90,6 +99,14 @@ class ResultStore:
             f"'{id_or_prefix}' is the start of several records",
             hint=f"Give more digits, for example one of {', '.join(row['id'] for row in rows[:5])}.",
         )
+
+    def find(self, record_id: str) -> Record | None:
+        """The record with exactly this id, if it is here."""
+        if self._is_missing():
+            return None
+        with self._reading() as connection:
+            row = connection.execute("SELECT * FROM runs WHERE id = ?", (record_id,)).fetchone()
+            return None if row is None else _record(connection, row)
 
     def history(
         self, limit: int | None = 20, *, model: str | None = None, kind: Kind | None = None
@@ -148,6 +165,12 @@ class ResultStore:
                 hint="The file was replaced or edited while qnext ran; run the command again.",
             )
         return row
+
+
+def _insert_record(connection: sqlite3.Connection, record: Record) -> None:
+    _insert(connection, "runs", run_row(record))
+    for position, test in enumerate(record.tests):
+        _insert(connection, "tests", test_row(record.id, position, test))
 
 
 def _insert(connection: sqlite3.Connection, table: str, row: dict[str, object]) -> None:
