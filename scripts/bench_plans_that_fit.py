@@ -63,6 +63,7 @@ from qnext.plan.problem import untried_layout  # noqa: E402
 from qnext.plan.traits import device_traits, host_traits  # noqa: E402
 from qnext.plan.values import HOST, Budget, Placement  # noqa: E402
 from qnext.units import GIB, MIB  # noqa: E402
+from scripts.tiny_families import FAMILIES, write_family  # noqa: E402
 
 SMALL = (
     ("tiny-qwen3next", None),
@@ -72,6 +73,7 @@ SMALL = (
     ("tiny-qwen3moe", None),
     ("tiny-gpt-oss", None),
     ("tiny-qwen3", None),
+    *((family, None) for family in FAMILIES),
 )
 LARGE = (
     ("tiny-qwen3next", 64),
@@ -121,10 +123,23 @@ class Tally:
 
 
 class Planner:
-    """Draws plans; the engine children of the dry runs end before anything is loaded."""
+    """Draws plans; the engine children of the dry runs end before anything is loaded.
 
-    def __init__(self, folder: Path, servers: tuple[str, ...], seed: int) -> None:
+    `workers` are the numbers of RPC workers to choose from. `most` is the most memory that these get
+    together, in parts of what the whole model takes on one device.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        servers: tuple[str, ...],
+        seed: int,
+        *,
+        workers: tuple[int, ...] = (0, 1, 2),
+        most: float = 1.15,
+    ) -> None:
         self._folder = folder
+        self._workers, self._most = workers, most
         self._servers = servers
         self._random = random.Random(seed)
         machine = detect_machine(folder)
@@ -155,7 +170,10 @@ class Planner:
         key = shape, layers, quant
         if key not in self._headers:
             path = self._folder / f"{shape}-{layers or 0}-{quant}.gguf"
-            synthesise(shape, path, quant=quant, layers=layers, header_only=True)
+            if shape in FAMILIES:
+                write_family(shape, path, quant)
+            else:
+                synthesise(shape, path, quant=quant, layers=layers, header_only=True)
             self._headers[key] = read_header(path)
         return self._headers[key]
 
@@ -163,10 +181,12 @@ class Planner:
         """One plan, or None where it does not fit the budgets drawn for it."""
         draw = self._random
         options = self._options()
-        workers = draw.choice((0, 1, 2))
+        if read_shape(header).latent_attention:  # llama.cpp refuses two types for what is one row
+            options = replace(options, kv_type_v=options.kv_type_k)
+        workers = draw.choice(self._workers)
         all_of_it = choose_placement(self._problem(header, options, PLENTY, (PLENTY,) * min(workers, 1)))
         whole = all_of_it.memory.devices[-1].total_bytes
-        sizes = tuple(int(whole * draw.uniform(0.15, 1.15) / workers) for _ in range(workers))
+        sizes = tuple(int(whole * draw.uniform(0.15, self._most) / workers) for _ in range(workers))
         # The host gets what it needs for this split, or a little less or more.
         roomy = _settle(self._problem(header, options, PLENTY, sizes), runner)
         host = int(roomy.memory.devices[0].total_bytes * draw.uniform(0.995, 1.02))
