@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable
 from statistics import median
@@ -42,6 +43,24 @@ def one_fault(fault: str | int, clients: int = 1) -> Callable[[int], str | int |
     return lambda number: fault if number == at else None
 
 
+def on_a_quiet_moment(check: Callable[[], None]) -> Callable[[], None]:
+    """Tries a check of times again: other work on the machine can delay one run, but no wrong figure is
+    right in any of four."""
+
+    @functools.wraps(check)
+    def tried() -> None:
+        for left in (3, 2, 1, 0):
+            try:
+                check()
+                return
+            except AssertionError:
+                if not left:
+                    raise
+
+    return tried
+
+
+@on_a_quiet_moment
 def test_figures_are_those_of_the_servers_own_clock() -> None:
     with EndpointServer(Manner(first_s=0.06, gap_s=0.008)) as server:
         found = measure(server, generate=21, repetitions=4)
@@ -60,6 +79,7 @@ def test_figures_are_those_of_the_servers_own_clock() -> None:
     assert level.prefill_tps.median == pytest.approx(40e9 / (level.ttft_ns.median - round_trip), rel=0.1)
 
 
+@on_a_quiet_moment
 def test_several_tokens_in_a_chunk_are_counted_by_usage() -> None:
     with EndpointServer(Manner(gap_s=0.01, tokens_per_chunk=4)) as server:
         found = measure(server, generate=21)
@@ -72,6 +92,7 @@ def test_several_tokens_in_a_chunk_are_counted_by_usage() -> None:
     assert "3.5 tokens per chunk" in result_warnings(found)[0]
 
 
+@on_a_quiet_moment
 def test_clients_work_at_the_same_time_and_throughput_adds_up() -> None:
     with EndpointServer(Manner(first_s=0.05, gap_s=0.01)) as server:
         found = measure(server, concurrency=(1, 4), generate=11)
