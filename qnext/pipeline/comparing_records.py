@@ -130,10 +130,10 @@ def compare_records(
 
 
 def find_baseline(store: ResultStore, record: Record, against: str) -> Record:
-    """What `--against` names: `last`, a record's id, or a build by commit, version or digest.
+    """What `--against` names: `last`, a build by commit, version or digest, or a record by its id.
 
-    `last` and a build give the newest record of the same model and machine, older than `record`, that shares
-    a test with it; of a build, one of the same placement goes first. Raises UsageError when there is none.
+    `last` gives the newest benchmark of the same model and machine before `record` that shares a test with
+    it, a build the newest of all, one of the same placement first. Raises UsageError when there is none.
     """
     tests = _by_name(record).keys()
     kin = [other for other in store.kin(record) if other.kind != "run" and tests & _by_name(other).keys()]

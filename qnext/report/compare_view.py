@@ -42,7 +42,8 @@ def _heading(role: str, record: Record) -> RenderableType:
     from rich.text import Text
 
     model = record.model_ref.rsplit("/", 1)[-1]
-    quant = f" {record.identity.quant}" if record.identity.quant else ""
+    named = record.identity.quant is None or record.identity.quant in model
+    quant = "" if named else f" {record.identity.quant}"
     status = "" if record.status == "ok" else f", {record.status}: its finished tests alone"
     engine = record.identity.engine
     commit = f" ({engine.llama_commit})" if engine.llama_commit else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -273,6 +274,41 @@ def test_a_database_of_the_first_release_is_brought_up_to_date_and_its_records_s
         assert connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
 
 
+def test_a_kill_in_the_middle_of_a_migration_leaves_the_older_file(store: ResultStore) -> None:
+    write_version_1(store)
+    code = """
+import os, signal
+from qnext.store import database
+def half(statements=database.MIGRATIONS[1]):
+    yield from statements[:5]
+    os.kill(os.getpid(), signal.SIGKILL)
+database.MIGRATIONS = (database.MIGRATIONS[0], half())
+store.history()
+"""
+    process = spawn(code, store.path)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    assert store.history() == [RECORD]
+
+
+def test_a_log_of_another_file_or_of_nothing_is_passed_over(store: ResultStore) -> None:
+    store.start(RECORD)
+    store.path.with_name("results.db-wal").write_bytes(b"\xa5" * 5000)
+    assert store.history() == [RECORD]
+    store.add_test(RECORD.id, RECORD.tests[0])
+    assert len(store.get(RECORD.id).tests) == 2
+
+
+def test_records_are_kept_together_and_those_that_are_here_stay(store: ResultStore) -> None:
+    store.start(RECORD)
+    other = replace(RECORD, id="other")
+    assert store.keep([replace(RECORD, text="changed"), other]) == {RECORD.id}
+    assert store.find(RECORD.id) == RECORD and store.find("other") == other
+    assert store.find("othe") is None
+
+
 def test_processes_that_migrate_at_once_do_it_once(store: ResultStore) -> None:
     write_version_1(store)
     processes = [spawn("print(len(store.history()))", store.path) for _ in range(4)]
@@ -451,12 +487,19 @@ def test_a_full_disk_loses_nothing_that_was_stored(tmp_path: Path) -> None:
         ballast = disk / "ballast"
         with suppress(OSError):
             ballast.write_bytes(b"x" * (1 << 20))
-        for action in (store.history, lambda: store.start(replace(RECORD, id="late"))):
+        more = replace(RECORD.tests[0], samples_ns=tuple(range(1, 9999)))
+        for action in (
+            store.history,
+            lambda: store.add_test("r0", more),
+            lambda: store.keep([replace(RECORD, id=name) for name in ("late", "later")]),
+            lambda: store.start(replace(RECORD, id="late")),
+        ):
             try:
                 action()
             except QnextError as refused:
                 assert "no space" in refused.message
         ballast.unlink()
-        assert len(store.history(None)) == stored
+        found = store.history(None)
+        assert len(found) in range(stored, stored + 3) and store.get("r0").tests[:1] == RECORD.tests
     finally:
         subprocess.run(["umount", str(disk)], check=True)
