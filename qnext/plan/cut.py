@@ -79,7 +79,7 @@ class DeviceShare:
             self._kinds.append(_Kind(size, saved, copied, layers, before))
         self._kinds.sort(key=lambda kind: (-kind.saved / kind.size, kind.layers))
         self._density = max((kind.saved / kind.size for kind in self._kinds), default=0.0)
-        self._least = min(self.need.all, self.need.some, self.need.none)
+        self._least = min(self.need.all, self.need.some, self.need.none, self.need.output)
 
     def bound(self, start: int, end: int) -> float:
         """Seconds that layers `start` to `end` (excluded) take here at least; infinite if they do not fit."""
@@ -93,6 +93,8 @@ class DeviceShare:
         """The best of these layers here: as many of their experts as fit, the rest of them in RAM."""
         room = self.room - (self._rest[end] - self._rest[start])
         seconds = self._all_in_ram(start, end)
+        if start >= self.trunk:
+            return Packed(seconds if room >= self.need.output else inf)
         kinds = [kind for kind in self._kinds if kind.before[end] > kind.before[start]]
         counts = [kind.before[end] - kind.before[start] for kind in kinds]
         forced = [self.prices[layer].copied_bytes for layer in range(start, end) if layer in self.in_ram]

@@ -40,12 +40,14 @@ class LayerPrice:
 class ComputeNeed:
     """Compute-buffer bytes of a device that holds all, some or none of its layers' experts.
 
-    `copies` says whether the largest expert matrix left in RAM comes on top.
+    `copies` says whether the largest expert matrix left in RAM comes on top. `output` is that of a device
+    with the output layer alone.
     """
 
     all: int
     some: int
     none: int
+    output: int
     copies: bool
 
 
@@ -85,13 +87,17 @@ def compute_needs(problem: Problem, placement: Placement, names: Sequence[str]) 
     The figures of a dry run where there are any, else the estimate, for layers cut evenly.
     """
     shape, measured = problem.shape, problem.compute or {}
-    needs = {name: ComputeNeed(size, size, size, False) for name, size in measured.items()}
+    needs = {name: ComputeNeed(size, size, size, size, False) for name, size in measured.items()}
     if all(name in needs for name in names):
         return needs
-    n_all = shape.n_layer_all
-    first = max(0, n_all + 1 - placement.n_gpu_layers)
-    layers = [HOST if il < first else names[(il - first) * len(names) // n_all] for il in range(n_all)]
-    layers.append(names[-1])
+    first = max(0, shape.n_layer_all + 1 - placement.n_gpu_layers)
+
+    def dealt(over: Sequence[str]) -> list[str]:
+        """Layers cut evenly, the output layer on the last device."""
+        moved = shape.n_layer_all - first
+        homes = [over[number * len(over) // moved] for number in range(moved)]
+        return [*[HOST] * first, *homes, names[-1]]
+
     devices = [problem.traits[name] for name in names]
     # Matrices without bytes: the room for the one that is copied comes on top.
     in_ram = [
@@ -99,14 +105,16 @@ def compute_needs(problem: Problem, placement: Placement, names: Sequence[str]) 
         for tensor in problem.header.tensors
         if is_expert(tensor.name) and "down" in tensor.name
     ]
-    present = estimate_compute(shape, placement, (), layers, devices)
-    absent = estimate_compute(shape, placement, in_ram, layers, devices)
+    present = estimate_compute(shape, placement, (), dealt(names), devices)
+    absent = estimate_compute(shape, placement, in_ram, dealt(names), devices)
+    output = estimate_compute(shape, placement, in_ram, dealt(names[:-1] or names), devices)
     copied = placement.op_offload and placement.ubatch >= OFFLOAD_MIN_TOKENS
     for device in devices:
         name = device.name
         if name not in needs:
             most = max(present[name], absent[name])
-            needs[name] = ComputeNeed(present[name], most, absent[name], copied and device.kind == "gpu")
+            copies = copied and device.kind == "gpu"
+            needs[name] = ComputeNeed(present[name], most, absent[name], output[name], copies)
     return needs
 
 
