@@ -10,13 +10,18 @@ largest counts (sizes per token, in 32-bit values, times the ubatch):
   holds its convolution about 1.5 times and its values about 3.75 times;
 - the logits: `vocabulary` for each token that yields an output.
 
-The attention mask (f16, context × ubatch) lies beside the first two. The constants were read off 744 dry
-runs of llama.cpp 0.5.0 over the shapes of Qwen3-Next-80B, Qwen3-30B-A3B, gpt-oss-20b and Qwen3-8B, ubatch 128
-to 4096, context 4k to 262k, on the CPU and with an RPC device holding all, half, or all but the experts: the
-estimate is within 10 % of each (`scripts/bench_memory_exact.py` measures it). Other shapes may be further
-off, up to a third, because best-fit allocation leaves holes or not; experts of the last layer alone on the
-CPU are overestimated, since the engine drops the tokens without output before them. What a CUDA device copies
-of CPU experts for large batches is taken from the scheduler's source, not measured.
+The attention mask (f16, context × ubatch) lies beside the first two. Several devices that hold all layers
+work in a pipeline, for which each, and the host, keeps four copies of what it is sent: the mask and the layer
+before.
+
+The constants were read off 744 dry runs of llama.cpp 0.5.0 over the shapes of Qwen3-Next-80B, Qwen3-30B-A3B,
+gpt-oss-20b and Qwen3-8B, ubatch 128 to 4096, context 4k to 262k, on the CPU and with an RPC device holding
+all, half, or all but the experts: the estimate is within 10 % of each (`scripts/bench_memory_exact.py`
+measures it); and off two devices in a pipeline, within 4 %. Other shapes may be further off, up to a third,
+because best-fit allocation leaves holes or not: so may a second device beside experts on the host. Experts of
+the last layer alone on the CPU are overestimated, since the engine drops the tokens without output before
+them. What a CUDA device copies of CPU experts for large batches is taken from the scheduler's source, not
+measured.
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ from qnext.plan.cache import ContextSizes, context_sizes, sliding_cells
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.values import HOST, OFFLOAD_MIN_TOKENS, Placement
 from qnext.plan.weights import PlacedTensor
+
+_COPIES = 4
+"""GGML_SCHED_MAX_COPIES of ggml-backend.cpp."""
 
 _DOWN = re.compile(r"\.ffn_down(?:_exps)?\.weight$")
 
@@ -63,6 +71,8 @@ def estimate_compute(
     rows = _rows(shape, placement, context_sizes(shape, placement))
     feed_forward = _feed_forward_devices(shape, placed, layer_device, devices)
     copied = _copied_experts(shape, placement, placed, layer_device, devices)
+    pipeline = _works_in_pipeline(placement, layer_device, feed_forward)
+    sent = _COPIES * (rows.mask + rows.embd) if pipeline else rows.mask
     estimates = {}
     for name in (HOST, *(device.name for device in devices)):
         here = [il for il in range(shape.n_layer) if layer_device[il] == name]
@@ -72,23 +82,23 @@ def estimate_compute(
             visited = []
         peaks = [0]
         if name == HOST and devices:
-            peaks.append(rows.mask + 2 * rows.embd)
+            peaks.append(sent + (1 if pipeline else 2) * rows.embd)
         if both:
             own_input = rows.embd if name == HOST and layer_device[0] == HOST else 0
             base = _layer_base(shape, rows) + own_input - rows.embd
-            if name != layer_device[0] and shape.experts:
+            if name != layer_device[0] and shape.experts and not pipeline:
                 base += rows.embd
-            peaks.append(rows.mask + base + _feed_forward(rows, _hole(shape, rows)))
+            peaks.append(sent + base + _feed_forward(rows, _hole(shape, rows)))
         if len(both) < len(here):
-            peaks.append(rows.mask + _without_experts(shape, rows))
+            peaks.append(sent + _without_experts(shape, rows))
         if here:
-            peaks.append(_attention(shape, placement, rows))
+            peaks.append(_attention(shape, placement, rows) + sent - rows.mask)
         if visited:
-            peaks.append(_visited(rows, mask_waits=min(visited) < _first_full_attention(shape)))
+            peaks.append(_visited(rows, mask_waits=min(visited) < _last_mask_reader(shape, layer_device)))
         if layer_device[-1] == name:
             last_elsewhere = feed_forward[-1] != name
             returned = rows.experts_out // (2 if both else 1) if last_elsewhere else 0
-            peaks.append(_output(shape, rows, on_host=name == HOST, returned=returned))
+            peaks.append(_output(shape, rows, on_host=name == HOST, returned=returned) + sent * pipeline)
         estimates[name] = max(peaks) + copied.get(name, 0)
     return estimates
 
@@ -170,9 +180,29 @@ def _output(shape: ModelShape, rows: _Rows, *, on_host: bool, returned: int) -> 
     return peak
 
 
-def _first_full_attention(shape: ModelShape) -> int:
-    """First layer that reads the whole context's mask; until then the mask waits in memory."""
-    return next((il for il in shape.attention_layers if not shape.sliding[il]), 0)
+def _last_mask_reader(shape: ModelShape, layer_device: Sequence[str]) -> int:
+    """Where the last device first reads the whole context's mask; until then the mask waits on the host."""
+    first: dict[str, int] = {}
+    for layer in shape.attention_layers:
+        if not shape.sliding[layer]:
+            first.setdefault(layer_device[layer], layer)
+    return max(first.values(), default=0)
+
+
+def _works_in_pipeline(
+    placement: Placement, layer_device: Sequence[str], feed_forward: Sequence[str]
+) -> bool:
+    """Whether devices take turns at several ubatches (`llama_context`): nothing but the input on the host.
+
+    They must be asynchronous and know events, which is so of CUDA's family, Vulkan, Metal and RPC.
+    """
+    return (
+        len(placement.devices) > 1
+        and placement.kv_offload
+        and not placement.overrides
+        and HOST not in layer_device
+        and all(own == experts for own, experts in zip(layer_device, feed_forward, strict=False))
+    )
 
 
 def _feed_forward_devices(

@@ -160,6 +160,31 @@ def test_the_compute_estimate_is_within_a_tenth_of_the_dry_run(
     assert found == pytest.approx(logged_mib, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "context", "ubatch", "outputs", "logged_mib"),
+    [
+        ("qwen3-next-80b-a3b", 32768, 2048, 1, (592, 904, 904)),
+        ("qwen3-next-80b-a3b", 131072, 512, 0, (532, 610, 837)),
+        ("qwen3-30b-a3b", 4096, 512, 1, (36, 116, 116)),
+        ("qwen3-30b-a3b", 32768, 2048, 0, (592, 912, 1779)),
+        ("gpt-oss-20b", 131072, 512, 1, (543, 624, 624)),
+    ],
+)
+def test_devices_that_work_in_a_pipeline_keep_four_copies_of_what_they_are_sent(
+    models: Models, name: str, context: int, ubatch: int, outputs: int, logged_mib: tuple[int, ...]
+) -> None:
+    placement = Placement(
+        context=context, ubatch=ubatch, outputs_max=outputs, devices=("RPC0", "RPC1"), n_gpu_layers=999,
+        tensor_split=(1.0, 1.0),
+    )  # fmt: skip
+    budgets = (*BUDGETS, replace(BUDGETS[1], name="RPC1", buffer_type="RPC0[127.0.0.1:50053]"))
+    found = [device.compute_bytes / MIB for device in plan(models[name], placement, budgets).devices]
+    assert found == pytest.approx(logged_mib, rel=0.04)
+    for apart in (replace(placement, overrides=(TAIL,)), replace(placement, kv_offload=False)):
+        single = [device.compute_bytes / MIB for device in plan(models[name], apart, budgets).devices]
+        assert single[1] < 0.8 * found[1]
+
+
 def test_limiting_outputs_saves_the_logits_of_a_whole_ubatch(models: Models) -> None:
     many, few = (
         plan(models["qwen3-next-80b-a3b"], Placement(context=8192, ubatch=2048, outputs_max=n)).devices[0]
