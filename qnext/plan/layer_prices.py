@@ -17,8 +17,20 @@ from qnext.plan.compute import estimate_compute
 from qnext.plan.placement import Problem
 from qnext.plan.speed import Load, Work, active_work, decode_terms, prefill_terms, total_ns
 from qnext.plan.turn import turn_seconds
-from qnext.plan.values import HOST, OFFLOAD_MIN_TOKENS, DeviceMemory, Placement, Prediction, SpeedRange
+from qnext.plan.values import (
+    HOST,
+    OFFLOAD_MIN_TOKENS,
+    DeviceMemory,
+    Override,
+    Placement,
+    Prediction,
+    SpeedRange,
+)
 from qnext.plan.weights import PlacedTensor, assign_buffers
+
+NO_PIPELINE = Override("no-pipeline", HOST)
+"""Matches no tensor. Several devices that hold everything work in a pipeline, with four copies of what they
+are sent, unless there is any override (`llama_context`, `model.has_tensor_overrides()`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,7 @@ def fixed_seconds(
 
 
 def compute_needs(problem: Problem, placement: Placement, names: Sequence[str]) -> Mapping[str, ComputeNeed]:
-    """Compute buffers if all of these devices, in order, hold some of the layers.
+    """Compute buffers if all of these devices, in order, hold some of the layers, and no pipeline.
 
     The figures of a dry run where there are any, else the estimate, for layers cut evenly.
     """
@@ -99,6 +111,7 @@ def compute_needs(problem: Problem, placement: Placement, names: Sequence[str]) 
         return [*[HOST] * first, *homes, names[-1]]
 
     devices = [problem.traits[name] for name in names]
+    placement = replace(placement, overrides=(NO_PIPELINE,))
     # Matrices without bytes: the room for the one that is copied comes on top.
     in_ram = [
         PlacedTensor(replace(tensor, nbytes=0), HOST)

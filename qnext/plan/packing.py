@@ -3,9 +3,11 @@
 `find_placement` fills the devices in order and leaves the tail's experts in RAM. With the same room they may
 hold more: a small layer instead of a large one (quants such as Q4_K_M give half of the layers larger
 experts), another cut between devices, so that what is left on each is worth least, or the same layers on a
-device that reads faster. A device that is slow or far may even be better left out. Experts stay on the device
-of their own layer or in RAM: moving the cut serves where another device would have room for them, without a
-crossing per layer, for which the forecast has no price.
+device that reads faster. A device that is slow or far may even be better left out. Where the devices could
+hold everything but for the copies of their pipeline, they do without it.
+
+Experts stay on the device of their own layer or in RAM. Where another device has room for them, the cut
+moves; a layer on two devices would cross between them twice, which the forecast has no price for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from itertools import combinations
 
 from qnext.plan.cut import DeviceShare, Packed, best_cut
 from qnext.plan.flags import expert_pattern
-from qnext.plan.layer_prices import LayerPrice, compute_needs, fixed_seconds, price_layers
+from qnext.plan.layer_prices import NO_PIPELINE, LayerPrice, compute_needs, fixed_seconds, price_layers
 from qnext.plan.placement import Placed, Problem, check_placement
 from qnext.plan.turn import placed_seconds
 from qnext.plan.values import HOST, Override, Placement
@@ -48,6 +50,8 @@ def pack_experts(problem: Problem, placed: Placed) -> Placed:
         if candidate == placement:
             break
         checked = check_placement(problem, candidate)
+        if not checked.fits and not candidate.overrides and len(candidate.devices) > 1:
+            checked = check_placement(problem, replace(candidate, overrides=(NO_PIPELINE,)))
         if checked.fits:
             return checked if placed_seconds(problem, checked) < placed_seconds(problem, placed) else placed
         packer.learn(checked)
