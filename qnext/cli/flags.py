@@ -24,6 +24,8 @@ MODEL_HELP = "demo, a GGUF file, a repository (user/repo or user/repo:QUANT), or
 
 _MACHINE, _PLACE, _SIZE = "Machine", "What goes where", "Context and threads"
 _QUANT = "Choice of quant"
+MOST_SEQUENCES = 256
+"""llama.cpp's LLAMA_MAX_SEQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class PlanFlags:
         typer.Option(
             "--prefer",
             metavar="quality|balanced|speed",
-            help="Which quant, where MODEL leaves it open.",
+            help="Which quant, where MODEL leaves it open; quality also keeps the cache in f16.",
             rich_help_panel=_QUANT,
         ),
     ] = "balanced"
@@ -61,24 +63,22 @@ class PlanFlags:
         ),
     ] = None
     parallel: Annotated[
-        int,
+        str,
         typer.Option(
             "-np",
             "--parallel",
-            min=1,
-            max=256,
-            metavar="N",
-            help="Slots: conversations at the same time.",
+            metavar="N|auto",
+            help="Slots: conversations at the same time; auto: as many as cost a single one nothing.",
             rich_help_panel=_SIZE,
         ),
-    ] = 1
+    ] = "1"
     cache_type_k: Annotated[
         str | None,
         typer.Option(
             "-ctk",
             "--cache-type-k",
             metavar="TYPE",
-            help="Precision of the KV cache's keys: f16, or q8_0 at about half the size.",
+            help="Precision of the KV cache's keys: f16, or q8_0 at half the size; chosen if not said.",
             rich_help_panel=_SIZE,
         ),
     ] = None
@@ -330,11 +330,11 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
         rpc_servers=tuple(flags.rpc.split(",")) if flags.rpc else (),
         workload=workload or Workload(),
         context=settings.context,
-        parallel=flags.parallel,
+        parallel=_slots(flags.parallel),
         batch=flags.batch,
         ubatch=settings.ubatch,
-        kv_type_k=settings.ctk or "f16",
-        kv_type_v=settings.ctv or "f16",
+        kv_type_k=settings.ctk,
+        kv_type_v=settings.ctv,
         flash_attention=_one_of("--flash-attn", flags.flash_attention, ("on", "off", "auto")),
         load_mode=_one_of("--load-mode", flags.load_mode, ("none", "mmap", "mlock", "mmap+mlock", "dio")),
         threads=settings.threads,
@@ -360,6 +360,16 @@ def _size(text: str | None) -> int | None:
     from qnext.units import parse_size
 
     return None if text is None else parse_size(text)
+
+
+def _slots(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST_SEQUENCES:
+        raise UsageError(
+            f"'{text}' is not a number of slots", hint=f"Write -np 1 to -np {MOST_SEQUENCES}, or -np auto."
+        )
+    return int(text)
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> Any:

@@ -7,8 +7,9 @@ from math import prod
 
 from qnext.models.quality import quality_of
 from qnext.pipeline.locate import LocatedModel
+from qnext.plan.options import Preference
 from qnext.plan.placement import Problem
-from qnext.plan.quants import Candidate, Offer, Preference, choose_quant, weigh
+from qnext.plan.quants import Candidate, Offer, choose_quant, weigh
 from qnext.plan.values import Reason
 
 

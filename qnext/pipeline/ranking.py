@@ -26,8 +26,8 @@ from qnext.pipeline.planning import problem_on
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, Surroundings, look_around
 from qnext.plan.budgets import make_budgets
-from qnext.plan.options import SMALLEST_CONTEXT
-from qnext.plan.quants import BALANCED_SHARE, Candidate, Preference, candidate_to_dict, choose_quant
+from qnext.plan.options import SMALLEST_CONTEXT, Preference
+from qnext.plan.quants import BALANCED_SHARE, Candidate, candidate_to_dict, choose_quant
 from qnext.plan.values import HOST
 from qnext.units import GIB, format_bytes
 
@@ -273,7 +273,7 @@ def _by_size(model: CatalogueModel, request: Request, around: Surroundings) -> R
         rpc_servers=request.rpc_servers,
     )
     total = sum(budget.budget_bytes for budget in budgets)
-    context = request.context or SMALLEST_CONTEXT * request.parallel
+    context = request.context or SMALLEST_CONTEXT * (request.parallel or 1)
     beside = KV_BYTES * model.layers * context
     beside += sum(HOST_COMPUTE if budget.name == HOST else DEVICE_COMPUTE for budget in budgets)
     sizes = dict(model.quants) or _usual_sizes(model)

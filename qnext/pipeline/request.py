@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from qnext.errors import UsageError
 from qnext.plan.options import RepackPolicy, Wishes
 from qnext.plan.values import Override
 from qnext.units import parse_size
-
-if TYPE_CHECKING:
-    from qnext.plan.quants import Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +18,7 @@ class Request(Wishes):
     `hardware` replaces this machine by a recorded one, `what_if` changes some of its facts (see
     `qnext.plan.what_if`). `ram_headroom` and `vram_headroom` are left free of what was detected, instead of
     the usual margins. `rpc_servers` are `host:port` of llama.cpp workers, each sized by `device_memory`.
-    `prefer` and `min_tps` (decode, tokens per second) choose the quant where `model` leaves it open. The
+    `min_tps` (decode, tokens per second) is what the quant must reach where `model` leaves it open. The
     remaining names are llama.cpp's.
     """
 
@@ -38,7 +34,6 @@ class Request(Wishes):
     threads: int | None = None
     threads_batch: int | None = None
     repack: RepackPolicy | None = None
-    prefer: Preference = "balanced"
     min_tps: float | None = None
 
 

@@ -46,7 +46,8 @@ def suggest_changes(problem: Problem, placed: Placed, fits: Fits) -> Iterator[st
         yield _smaller_file(problem, placed, fits)
         return
     options, base = problem.options, placed.placement
-    asked = replace(options, context=base.context, ubatch=base.ubatch)
+    slots = base.parallel
+    asked = replace(options, context=base.context, ubatch=base.ubatch, parallel=slots)
     singles = [
         (base.load_mode != "none", "--load-mode none", replace(asked, load_mode="none")),
         (_forced(options), "no -ngl, -ncmoe, -ot or -ts", _unforced(asked)),
@@ -61,8 +62,8 @@ def suggest_changes(problem: Problem, placed: Placed, fits: Fits) -> Iterator[st
     context = _largest_context(asked, holds)
     if context is not None:
         yield f"-c {context}"
-    if options.parallel > 1:
-        one = replace(asked, parallel=1, context=base.context // options.parallel)
+    if slots > 1:
+        one = replace(asked, parallel=1, context=base.context // slots)
         if holds(one):
             yield f"-np 1 -c {one.context}"
     if not found and context is None:
@@ -96,7 +97,7 @@ def _unforced(options: PlanOptions) -> PlanOptions:
 def _largest_context(asked: PlanOptions, holds: Callable[[PlanOptions], bool]) -> int | None:
     """The largest context below the asked one that fits, to a thirty-second of it; None if none does."""
     assert asked.context is not None
-    unit = max(_CONTEXT_STEP * asked.parallel, asked.context // 32)
+    unit = max(_CONTEXT_STEP * (asked.parallel or 1), asked.context // 32)
     low, high = 1, -(-asked.context // unit)
     if high <= 1 or not holds(replace(asked, context=unit)):
         return None

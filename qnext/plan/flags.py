@@ -8,12 +8,9 @@ layers, so only when those are the ones, all of them.
 from __future__ import annotations
 
 from qnext.models.shape import ModelShape
+from qnext.plan.host_caches import HostCaches
 from qnext.plan.values import CPU_REPACK, HOST, Override, Placement
 from qnext.units import MIB
-
-DEFAULT_CACHE_RAM_MIB = 8192
-DEFAULT_CHECKPOINTS = 32
-"""llama-server's own defaults of `--cache-ram` and `--ctx-checkpoints` (common.h)."""
 
 EXPERT_TENSORS = r"ffn_(up|down|gate_up|gate)_(ch|)exps"
 """Regex of llama.cpp's `--cpu-moe`: every routed-expert tensor of a block, fused and chunked ones too."""
@@ -28,16 +25,13 @@ def llama_server_argv(
     placement: Placement,
     model_path: str,
     shape: ModelShape,
-    *,
-    spare_host_bytes: int = 0,
-    snapshot_bytes: int = 0,
+    caches: HostCaches,
 ) -> tuple[str, ...]:
     """llama-server's argument list for this placement.
 
     Only devices' own buffer types can be named there: overrides to others in host memory (`CPU_REPACK`,
-    `CUDA_Host`) become plain CPU ones and `server_warnings` says so. `spare_host_bytes` is host memory that
-    the plan leaves: the server's own caches, 8 GiB and 32 snapshots of the recurrent state per slot by
-    default, are held inside it. `snapshot_bytes` is the size of that state for one slot.
+    `CUDA_Host`) become plain CPU ones and `server_warnings` says so. The server's own caches are
+    held to `caches`.
     """
     flags = ["llama-server", "-m", model_path, "--fit", "off"]
     if placement.rpc_servers:  # before everything that names one of their devices or buffers
@@ -58,7 +52,8 @@ def llama_server_argv(
         flags.append("--no-op-offload")
     if placement.swa_full:
         flags.append("--swa-full")
-    return (*flags, *_server_caches(placement, spare_host_bytes, snapshot_bytes))
+    flags += ["--ctx-checkpoints", str(caches.checkpoints)]
+    return (*flags, "--cache-ram", str(caches.prompt_cache_bytes // MIB))
 
 
 def server_warnings(placement: Placement) -> tuple[str, ...]:
@@ -81,14 +76,6 @@ def server_warnings(placement: Placement) -> tuple[str, ...]:
 def _is_host_buffer(buffer: str) -> bool:
     """Whether a buffer type lies in host memory: `CPU_REPACK`, and the pinned `CUDA_Host`, `Vulkan_Host`…"""
     return buffer == CPU_REPACK or buffer.endswith("_Host")
-
-
-def _server_caches(placement: Placement, spare: int, snapshot: int) -> list[str]:
-    """At most half of what is spare for the slots' snapshots, the rest for the cache of earlier prompts."""
-    per_step = max(1, placement.parallel) * snapshot
-    checkpoints = min(DEFAULT_CHECKPOINTS, spare // 2 // per_step) if per_step else DEFAULT_CHECKPOINTS
-    cache_mib = min(DEFAULT_CACHE_RAM_MIB, (spare - checkpoints * per_step) // MIB)
-    return ["--ctx-checkpoints", str(checkpoints), "--cache-ram", str(cache_mib)]
 
 
 def _override_flags(placement: Placement, shape: ModelShape) -> list[str]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from qnext.plan.choice import choose_placement
+from qnext.plan.choice import cache_types, choose_placement
+from qnext.plan.options import Preference
 from qnext.plan.placement import Placed, Problem, find_placement
 from qnext.plan.turn import forecast
 from qnext.plan.values import Prediction, Reason
-
-Preference = Literal["quality", "balanced", "speed"]
 
 BALANCED_SHARE = 0.67
 """The part of the fastest good quant's decode speed that `balanced` keeps at least."""
@@ -116,10 +115,10 @@ def choose_quant(
 
 
 def longest_context(problem: Problem, placed: Placed) -> int | None:
-    """The longest context with which the model still fits, to a whole 1,024 tokens; experts may give way.
+    """The longest context with which the model still fits, to a whole 1,024 tokens.
 
-    What a token of context costs follows from two placements; the guess is then checked, and lowered until
-    it fits.
+    Experts may give way, and the cache be rounded, where the user left that open. What a token of context
+    costs follows from two placements; the guess is then checked, and lowered until it fits.
     """
     most = problem.shape.context_train
     base = placed.placement
@@ -137,8 +136,16 @@ def longest_context(problem: Problem, placed: Placed) -> int | None:
 
 
 def _fits(problem: Problem, placed: Placed, context: int) -> bool:
+    smallest = cache_types(problem)[-1]
     blank = replace(
-        placed.placement, context=context, devices=(), cpu_expert_layers=(), overrides=(), n_gpu_layers=0
+        placed.placement,
+        context=context,
+        kv_type_k=smallest[0],
+        kv_type_v=smallest[1],
+        devices=(),
+        cpu_expert_layers=(),
+        overrides=(),
+        n_gpu_layers=0,
     )
     return find_placement(problem, blank).fits
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.models.shape import ModelShape, is_expert, layer_of
 from qnext.plan.kernels import (
     ATTENTION_NODES,
@@ -249,7 +250,8 @@ def decode_terms(
     share = min(workload.depth + workload.prompt, context) / context
     for device in devices:
         work = load.work.get(device.name, Work())
-        state = device.kv_bytes * share + device.recurrent_bytes / max(1, placement.parallel)
+        state = device.kv_bytes * share * _unrounded(placement)
+        state += device.recurrent_bytes / max(1, placement.parallel)
         unit = "gpu" if device.kind == "gpu" else "cpu"
         ns_per_byte = 1e9 / _bandwidth(device.name, kinds, speeds, placement.threads)
         for family, size in work.by_family.items():
@@ -311,6 +313,16 @@ def prefill_terms(
             _add(terms, "cpu_read_plain", reading)
         _add(terms, _node_term(name, kind), work.nodes / tokens)
     return terms
+
+
+def _unrounded(placement: Placement) -> float:
+    """How much larger the cache would be in f16: a rounded one takes less room, but no less time.
+
+    Unpacking it is taken to cost what reading less saves.
+    """
+    kinds = [GGML_TYPES_BY_NAME[name.upper()] for name in (placement.kv_type_k, placement.kv_type_v)]
+    bytes_each = [kind.block_bytes / kind.block_size for kind in kinds]
+    return max(1.0, 2 * len(kinds) / sum(bytes_each))
 
 
 def _node_term(device: str, kind: str) -> str:

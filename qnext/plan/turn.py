@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qnext.plan.placement import Placed, Problem
 from qnext.plan.speed import MachineSpeeds, predict_speed
@@ -30,6 +31,25 @@ def turn_seconds(prediction: Prediction, workload: Workload) -> float:
     if prefill is None or decode is None or not prefill.mid or not decode.mid:
         return float("inf")
     return workload.prompt / prefill.mid + workload.generate / decode.mid
+
+
+def verifying_share(problem: Problem, placed: Placed) -> float | None:
+    """Time of a decode step that checks two tokens over that of one token; None where no speeds are known.
+
+    What the second token adds is taken from the forecast of very short prompts.
+    """
+    if problem.speeds is None:
+        return None
+    speeds, devices = problem.speeds, placed.memory.devices
+
+    def seconds(tokens: int) -> tuple[float, float]:
+        workload = replace(problem.options.workload, prompt=tokens)
+        prediction, _ = forecast(problem, placed.placement, devices, speeds, workload)
+        prefill, decode = prediction.prefill_tps, prediction.decode_tps
+        return (tokens / prefill.mid if prefill else 0.0), (1 / decode.mid if decode else 0.0)
+
+    (one, step), (two, _) = seconds(1), seconds(2)
+    return 1 + (two - one) / step if step else None
 
 
 def placed_seconds(problem: Problem, placed: Placed) -> float:

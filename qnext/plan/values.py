@@ -41,6 +41,11 @@ class Workload:
     generate: int = 512
     depth: int = 4096
 
+    @property
+    def tokens(self) -> int:
+        """Context that one turn needs at its end."""
+        return self.prompt + self.generate + self.depth
+
 
 WORKLOADS = {
     "chat": Workload(),

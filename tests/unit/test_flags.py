@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from qnext.config import KV_TYPES
 from qnext.engine.llama.params import FLASH_ATTENTION, LOAD_MODES
 from qnext.plan.flags import expert_pattern, llama_server_argv, server_warnings
-from qnext.plan.values import CPU_REPACK, HOST, Override, Placement
+from qnext.plan.host_caches import HostCaches, plan_host_caches
+from qnext.plan.values import CPU_REPACK, HOST, DeviceMemory, Override, Placement
 from qnext.units import GIB, MIB
 from tests.planning import model
 
 SHAPE = model("tiny-qwen3next")[1]
+NO_CACHES = HostCaches(0, 0, 0)
 SWITCHES = {
     "--repack": ("extra_buffers", True),
     "--no-repack": ("extra_buffers", False),
@@ -127,7 +129,7 @@ PLACEMENTS = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(PLACEMENTS)
 def test_command_line_says_every_field_of_the_placement(placement: Placement) -> None:
-    read = read_argv(llama_server_argv(placement, "model.gguf", SHAPE))
+    read = read_argv(llama_server_argv(placement, "model.gguf", SHAPE, NO_CACHES))
     for field in fields(Placement):
         if field.name in ("overrides", "cpu_expert_layers", "tensor_split", *NOT_A_FLAG):
             continue
@@ -156,31 +158,31 @@ def test_n_cpu_moe_is_written_only_where_it_says_the_same(
     layers: tuple[int, ...], flags: tuple[str, ...]
 ) -> None:
     placement = Placement(devices=("CUDA0",), n_gpu_layers=999, **with_experts(layers, ()))  # type: ignore[arg-type]
-    argv = llama_server_argv(placement, "m.gguf", SHAPE)
+    argv = llama_server_argv(placement, "m.gguf", SHAPE, NO_CACHES)
     assert argv[argv.index("-ngl") + 2 : argv.index("-c")] == flags
 
 
 def test_rpc_workers_are_named_before_their_devices_and_buffers() -> None:
     rule = Override("output", "RPC0[127.0.0.1:50052]")
     placement = Placement(devices=("RPC0",), rpc_servers=("127.0.0.1:50052",), overrides=(rule,))
-    argv = llama_server_argv(placement, "m.gguf", SHAPE)
+    argv = llama_server_argv(placement, "m.gguf", SHAPE, NO_CACHES)
     assert argv.index("--rpc") < argv.index("--device") < argv.index("-ot")
 
 
 def test_buffers_the_command_line_cannot_name_are_left_out_and_said() -> None:
     rule = Override("ffn_up_exps", CPU_REPACK)
     alone = Placement(overrides=(rule,))
-    assert "-ot" not in llama_server_argv(alone, "m.gguf", SHAPE)
+    assert "-ot" not in llama_server_argv(alone, "m.gguf", SHAPE, NO_CACHES)
     assert "CPU_REPACK" in server_warnings(alone)[0]
     beside = replace(alone, devices=("CUDA0",))
-    argv = llama_server_argv(beside, "m.gguf", SHAPE)
+    argv = llama_server_argv(beside, "m.gguf", SHAPE, NO_CACHES)
     assert argv[argv.index("-ot") + 1] == "ffn_up_exps=CPU"
     assert not server_warnings(Placement())
 
 
 def test_pinned_memory_becomes_plain_memory_on_the_line_and_is_said() -> None:
     pinned = Placement(devices=("CUDA0",), overrides=(Override("ffn_up_exps", "CUDA_Host"),))
-    argv = llama_server_argv(pinned, "m.gguf", SHAPE)
+    argv = llama_server_argv(pinned, "m.gguf", SHAPE, NO_CACHES)
     assert argv[argv.index("-ot") + 1] == "ffn_up_exps=CPU"
     assert any("CUDA_Host" in warning for warning in server_warnings(pinned))
 
@@ -188,9 +190,9 @@ def test_pinned_memory_becomes_plain_memory_on_the_line_and_is_said() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 40 * GIB), st.integers(0, 100 * MIB), st.integers(1, 8))
 def test_caches_of_the_server_stay_in_what_the_plan_leaves(spare: int, snapshot: int, slots: int) -> None:
-    argv = llama_server_argv(
-        Placement(parallel=slots), "m.gguf", SHAPE, spare_host_bytes=spare, snapshot_bytes=snapshot
-    )
+    host = DeviceMemory("CPU", "host", GIB + spare, GIB - snapshot * slots, 0, snapshot * slots, 0)
+    caches = plan_host_caches([host], slots)
+    argv = llama_server_argv(Placement(parallel=slots), "m.gguf", SHAPE, caches)
     checkpoints = int(argv[argv.index("--ctx-checkpoints") + 1])
     cache = int(argv[argv.index("--cache-ram") + 1])
     assert 0 <= checkpoints <= 32

@@ -111,9 +111,9 @@ def test_what_was_forced_is_offered_to_be_left_out() -> None:
 
 
 def test_free_changes_come_before_those_that_cost() -> None:
-    fits = problem(context=32_768, ubatch=512)
+    fits = problem(context=32_768, ubatch=512, kv_type_k="f16")
     total = planned(fits).devices[0].total_bytes
-    plan = planned(replace(problem(context=32_768, ubatch=512, host=total - KIB)))
+    plan = planned(replace(problem(context=32_768, ubatch=512, kv_type_k="f16", host=total - KIB)))
     assert plan.alternatives[0] == "-ub 128"
     assert plan.alternatives[1] == "-ctk q8_0 -ctv q8_0"
     assert re.fullmatch(r"-c \d+", plan.alternatives[2])

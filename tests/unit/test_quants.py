@@ -14,7 +14,8 @@ from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions
 from qnext.plan.placement import find_placement
 from qnext.plan.problem import make_problem
-from qnext.plan.quants import Candidate, Offer, Preference, choose_quant, longest_context, weigh
+from qnext.plan.options import Preference
+from qnext.plan.quants import Candidate, Offer, choose_quant, longest_context, weigh
 
 LADDER = ("IQ2_XXS", "Q3_K_M", "Q4_K_M", "Q6_K", "Q8_0")
 
