@@ -64,10 +64,12 @@ def _decoded(content: bytes) -> str:
             "this is a SQLite database, not its text", hint="Print it first: sqlite3 FILE .dump > results.sql"
         )
     try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"line {line}: this is no text", hint=_HINT) from error
+        _refuse(content.count(b"\n", 0, error.start) + 1, "this is no text")
+    if "\x00" in text:
+        _refuse(text.count("\n", 0, text.index("\x00")) + 1, "this is no text")
+    return text
 
 
 def _json(text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -178,7 +180,7 @@ def _checked(line: int, raw: Mapping[str, object]) -> Row:
         elif name not in row and name not in LISTS:
             if not isinstance(value, str | int | float) or not _finite(value):
                 _refuse(line, f"{name} is neither text nor a number")
-            row[name] = value
+            row[name] = _written(line, name, value) if isinstance(value, str) else value
     prompt, generate = _count(line, row, "n_prompt"), _count(line, row, "n_gen")
     row["n_depth"] = _count(line, row, "n_depth") if row["n_depth"] is not None else 0  # older ones have none
     tokens = prompt + generate
@@ -213,9 +215,9 @@ def _typed(line: int, name: str, kind: str, value: object) -> object:
     if value is None or (value == "" and kind != "text"):
         return None
     if kind == "text":
-        if isinstance(value, bool | list | dict) or (isinstance(value, str) and "\x00" in value):
+        if isinstance(value, bool | list | dict):
             _refuse(line, f"{name} is no text")
-        return str(value)
+        return _written(line, name, str(value))
     if kind == "bool":
         words: dict[object, bool] = {"0": False, "1": True, "false": False, "true": True}
         found = words.get(str(value).lower())
@@ -230,6 +232,13 @@ def _typed(line: int, name: str, kind: str, value: object) -> object:
     if not _finite(number):
         _refuse(line, f"{name} is {value!r}, which no measurement gives")
     return number
+
+
+def _written(line: int, name: str, text: str) -> str:
+    """Text that can be kept: JSON can spell half a character (`\\ud800`) and NUL, which no database takes."""
+    if "\x00" in text or (not text.isascii() and text.encode("utf-8", "ignore").decode() != text):
+        _refuse(line, f"{name} is no text")
+    return text
 
 
 def _finite(value: str | int | float) -> bool:
@@ -280,4 +289,9 @@ def _object(line: int, name: str, value: object) -> dict[str, object]:
             _refuse(line, f"{name} is no object of JSON")
     if not isinstance(value, dict):
         _refuse(line, f"{name} is no object of JSON")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        _refuse(line, f"{name} holds a figure that is no number")
+    _written(line, name, text)
     return value

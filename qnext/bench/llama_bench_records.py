@@ -51,7 +51,7 @@ def _record(group: Sequence[tuple[int, Row]]) -> Record:
     line, first = group[0]
     told = _told(first)
     tests = tuple(_test(line, row) for line, row in group)
-    placement = _dict(first.get("qnext_placement")) or told_placement(first)
+    placement = _own_placement(line, first) or told_placement(first)
     if first.get("qnext_identity"):
         identity = _own_identity(line, first)
     else:
@@ -115,6 +115,26 @@ def _own_identity(line: int, row: Row) -> Identity:
         return identity_from_dict(_dict(row["qnext_identity"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"line {line}: qnext_identity cannot be read: {error}", hint=_HINT) from error
+
+
+def _own_placement(line: int, row: Row) -> dict[str, Any]:
+    """The form of a placement, as far as comparing relies on it."""
+    form = _dict(row.get("qnext_placement"))
+    for name, value in form.items():
+        if name == "overrides":
+            wanted = isinstance(value, list) and all(
+                isinstance(rule, dict) and isinstance(rule.get("pattern"), str) and "buffer" in rule
+                for rule in value
+            )
+        elif name in ("threads", "threads_batch"):
+            wanted = type(value) is int
+        elif name == "cpu_expert_layers":
+            wanted = isinstance(value, list) and all(type(layer) is int for layer in value)
+        else:
+            wanted = not isinstance(value, dict)
+        if not wanted:
+            raise UsageError(f"line {line}: qnext_placement has {name} = {value!r}", hint=_HINT)
+    return form
 
 
 def _described(

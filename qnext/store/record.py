@@ -6,12 +6,14 @@ and by someone else. All raw samples are kept; medians are there for convenience
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from qnext.errors import StoreError
 from qnext.plan.values import DeviceMemory, SpeedRange, device_to_dict
+
+T = TypeVar("T")
 
 SCHEMA = "qnext.record/1"
 
@@ -279,9 +281,9 @@ def identity_from_dict(data: Mapping[str, Any]) -> Identity:
         slots=_int_or_none(data.get("slots")),
         kv_type_k=_text_or_none(data.get("kv_type_k")),
         kv_type_v=_text_or_none(data.get("kv_type_v")),
-        bandwidths=_mapping_or_none(data.get("bandwidths")),
-        power=_mapping_or_none(data.get("power")),
-        environment=_mapping_or_none(data.get("environment")),
+        bandwidths=_mapping_of(_whole, data.get("bandwidths")),
+        power=_mapping_of(_scalar, data.get("power")),
+        environment=_mapping_of(_text_or_none, data.get("environment")),
     )
 
 
@@ -301,6 +303,22 @@ def _int_or_none(value: Any) -> int | None:
 
 def _mapping_or_none(value: Any) -> dict[str, Any] | None:
     return None if value is None else dict(value)
+
+
+def _mapping_of(read: Callable[[Any], T], value: Any) -> dict[str, T] | None:
+    return None if value is None else {_text(name): read(entry) for name, entry in dict(value).items()}
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _scalar(value: Any) -> str | int | bool:
+    if not isinstance(value, str | int):
+        raise TypeError(f"{value!r} is neither text nor a whole number")
+    return value
 
 
 def _one_of(value: object, allowed: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from qnext.bench.llama_bench_records import NO_SAMPLES, imported_records
 from qnext.bench.statistics import summarise
 from qnext.errors import StoreError, UsageError
 from qnext.pipeline.exchanging import export_text, import_file
-from qnext.store.record import EngineIdentity, Identity, Record, TestResult
+from qnext.store.record import EngineIdentity, Identity, Record, TestResult, record_to_dict
 from qnext.store.results import ResultStore
 
 DATA = Path(__file__).parent.parent / "data"
@@ -302,3 +302,31 @@ def test_only_benchmarks_are_exported_and_nothing_is_an_error(tmp_path: Path) ->
         with pytest.raises(UsageError, match="no measured test"):
             export_text(store, ids, model, "json")
     assert export_text(store, ["0123"], None, "json")[1] == 2
+
+
+SCRAPS = st.sampled_from(
+    [b'"', b"'", b";", b",", b"null", b"-1", b"1e999", b"NaN", b"9" * 30, b"\x00", b"\xff", b"[", b"}", b"--"]
+) | st.binary(max_size=6)
+
+
+@given(
+    st.sampled_from(KEPT),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 40), SCRAPS), min_size=1, max_size=4),
+)
+def test_a_damaged_file_is_refused_or_read_and_never_a_crash(
+    format_: Format, own: bool, damage: list[tuple[int, int, bytes]]
+) -> None:
+    content = (DATA / f"llama_bench.{format_}").read_bytes()
+    if own:
+        content = write_rows(record_rows(RECORD), format_).encode()
+    for position, removed, scrap in damage:
+        position %= len(content) + 1
+        content = content[:position] + scrap + content[position + removed :]
+    try:
+        records = imported_records(read_rows(content))
+    except UsageError as error:
+        assert error.hint
+    else:
+        for record in records:
+            json.dumps(record_to_dict(record), allow_nan=False)
