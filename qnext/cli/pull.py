@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,7 +65,7 @@ def pull(
         from qnext.pipeline.pulling import choose_here
 
         nonlocal model
-        with header_bar(f"planning {model}", silent=json_output) as read:
+        with header_bar(f"planning {Path(model).name}", silent=json_output) as read:
             quant = choose_here(make_request(model, PlanFlags()), paths, note, read)
         model = f"{model}:{quant}"  # what is named from here on is what was chosen
         return quant

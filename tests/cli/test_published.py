@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+if sys.platform == "win32":
+    pytest.skip("pseudo-terminals are POSIX", allow_module_level=True)
+
 from qnext.models.synth import synthesise
+from tests.cli.conftest import Terminal
 from tests.conftest import Qnext
 from tests.hub_server import HubServer, hub  # noqa: F401 - the fixture
 
@@ -73,6 +79,17 @@ def test_offline_works_from_what_was_read_before(qnext: Qnext, ladder: HubServer
     assert never.returncode == 5 and "offline" in never.stderr
 
 
+@pytest.mark.parametrize("for_scripts", [False, True])
+def test_a_terminal_shows_that_headers_are_read_and_scripts_see_nothing(
+    terminal: Callable[..., Terminal], ladder: HubServer, for_scripts: bool
+) -> None:
+    ladder.latency_s = 0.5
+    json_flag = ("--json",) if for_scripts else ()
+    shown = terminal("plan", REPO, "--hardware", "rtx4070-64gb", *json_flag)
+    assert shown.wait() == 0
+    assert ("planning Tiny-Next-GGUF" in shown.text) is not for_scripts
+
+
 @pytest.mark.engine
 def test_run_fetches_what_it_planned_and_the_next_run_has_it(
     qnext: Qnext,
@@ -89,6 +106,12 @@ def test_run_fetches_what_it_planned_and_the_next_run_has_it(
     assert again.stdout == answered.stdout
     found = list((tmp_path / "hf-home").rglob("*.incomplete"))
     assert not found
+    asked = len(hub.log)
+    named = qnext("run", "someone/demo-GGUF:q8_0", "--prompt", "Hello")
+    assert named.stdout == answered.stdout and len(hub.log) == asked  # nothing is left to ask
+    left_open = qnext("run", "someone/demo-GGUF", "--prompt", "Hello")
+    assert left_open.stdout == answered.stdout
+    assert [one.path for one in hub.log[asked:]] == ["/api/models/someone/demo-GGUF"]
 
 
 @pytest.mark.engine

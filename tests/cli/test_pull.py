@@ -49,6 +49,13 @@ def test_a_dry_run_shows_files_and_bytes_and_fetches_none(hub: FaultyHub, qnext:
     assert (report["size_bytes"], report["bytes_here"]) == (sum(SIZES), 0)
 
 
+def test_a_dry_run_names_repository_and_cache_on_lines_of_their_own(hub: FaultyHub, qnext: Qnext) -> None:
+    quant, _ = make_quant(hub, SIZES)
+    lines = qnext("pull", REPO, "--dry-run", env={"COLUMNS": "80"}).stdout.splitlines()
+    assert lines[0] == f"{REPO}:{quant.quant} at {quant.revision[:12]}"
+    assert [line.split()[0] for line in lines[1:5]] == ["file", *(file.path for file in quant.files), "all"]
+
+
 def test_verify_names_the_bad_file_and_repair_replaces_it(hub: FaultyHub, qnext: Qnext) -> None:
     make_quant(hub, SIZES)
     missing = qnext("pull", REPO, "--verify")

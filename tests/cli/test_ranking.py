@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from qnext.pipeline.request import Request
 from qnext.units import GIB
 from tests.cli.conftest import CTRL_D, Terminal
 from tests.conftest import Qnext
-from tests.hub_server import HubServer, hub  # noqa: F401 - the fixture
+from tests.hub_server import Asked, HubServer, Reply, hub  # noqa: F401 - the fixture
 
 Open = Callable[..., Terminal]
 PROFILES = ("rtx4070-64gb", "container-16gb", "strix-halo-128gb")
@@ -173,6 +175,42 @@ def test_online_plans_the_others_from_published_headers(
     assert models["qwen3.5-35b-a3b"]["basis"] == "headers" and models["qwen3.5-35b-a3b"]["decode_tps"]
     assert models["minimax-m2"]["basis"] == "size" and "minimax-m2 is judged by size" in done.stderr
     assert models["gpt-oss-20b"]["basis"] == "shape"
+
+
+def test_online_asks_for_several_models_at_once(
+    hub: HubServer,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together = Barrier(4)
+    met: list[bool] = []
+
+    class Crowded(HubServer):
+        """Answers the first requests only when four have come."""
+
+        def reply(self, asked: Asked) -> Reply:
+            with suppress(BrokenBarrierError):
+                together.wait(10)
+                met.append(True)
+                together.abort()
+            return super().reply(asked)
+
+    progress: list[tuple[int, int]] = []
+    notices: list[str] = []
+    with Crowded(tmp_path / "crowded") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        request = Request(model="", hardware="rtx4070-64gb")
+        rank_models(
+            request,
+            find_paths(),
+            notices.append,
+            online=True,
+            on_progress=lambda *seen: progress.append(seen),
+        )
+    total = sum(model.shape is None for model in load_catalogue())
+    assert met
+    assert progress == [(done, total) for done in range(1, total + 1)]
+    assert len([notice for notice in notices if "judged by size alone" in notice]) == total
 
 
 @pytest.mark.engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from threading import Event
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from qnext.errors import DownloadError, ModelError
 from qnext.models import vocabulary_twin
 from qnext.models.gguf_parse import ShardHeader, read_shard
 from qnext.models.gguf_reader import read_header
-from qnext.models.header import SkippedArray
+from qnext.models.header import ModelHeader, SkippedArray
 from qnext.models.hub import list_address, list_repo
 from qnext.models.hub_ref import HubRef
 from qnext.models.published import Listing, QuantFile
@@ -96,6 +97,51 @@ def test_the_vocabulary_is_fetched_once_where_it_is_the_same(
     sent = sorted(hub.sent(digests[path]) for path in ("m-Q2_K.gguf", "m-Q4_0.gguf", "m-Q5_K_M.gguf"))
     assert sent[0] < 400_000  # the beginning and the end
     assert sent[2] > len(files["m-Q2_K.gguf"]) * 0.9  # the first, whole
+
+
+def test_a_header_is_handed_over_while_others_are_fetched(
+    hub: HubServer, tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over = Event()
+    in_time: list[bool] = []
+
+    class Waiting(HubServer):
+        """Answers for one file only after the header of another has been handed over."""
+
+        late = "?"
+
+        def reply(self, asked: Asked) -> Reply:
+            if self.late in asked.path:
+                in_time.append(handed_over.wait(10))
+            return super().reply(asked)
+
+    taken: list[str] = []
+
+    def take(quant: QuantFile, header: ModelHeader) -> None:
+        assert header.tensors
+        taken.append(quant.quant)
+        handed_over.set()
+
+    with Waiting(tmp_path / "waiting") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        quants = listed(server, files, tmp_path).quants
+        server.late = quants[1].files[0].path
+        headers = read_remote_headers(quants, tmp_path, on_header=take)
+    assert in_time and all(in_time)
+    assert list(headers) == list(quants)
+    assert sorted(taken) == sorted(quant.quant for quant in quants)
+
+
+def test_another_thread_ends_the_reading(
+    hub: HubServer, tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = Deadline()
+    quants = listed(hub, files, tmp_path).quants
+    read_remote_headers(quants[:1], tmp_path, within=deadline)
+    assert deadline.left_s > 0  # what was read in time leaves the time to others
+    deadline.cancel()
+    with pytest.raises(DownloadError, match="time allowed"):
+        read_remote_headers(quants[1:], tmp_path, within=deadline)
 
 
 def test_a_header_is_fetched_once_for_good(
