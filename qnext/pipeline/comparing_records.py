@@ -30,6 +30,8 @@ FEWEST_PAIRS = 3
 MOST_RUNS = 50
 """Of one configuration the newest so many runs tell how far equal ones lie apart."""
 
+TOO_FEW = "too few samples"
+
 Word = Literal["faster", "slower", "no difference shown"]
 
 _ALIASES = {
@@ -213,7 +215,7 @@ def _compare(a: TestResult, b: TestResult, noise: float | None) -> TestCompariso
 
 def _verdict(interval: UnpairedRatio, equal_runs: float) -> tuple[Word, str]:
     if interval.confidence < CONFIDENCE:
-        return "no difference shown", "too few samples, measure with -r 5"
+        return "no difference shown", TOO_FEW
     if interval.low > 1 + equal_runs:
         return "faster", ""
     if interval.high < 1 / (1 + equal_runs):

@@ -114,8 +114,12 @@ def _conclusion(found: RecordComparison) -> RenderableType:
 
 
 def _footnotes(tests: tuple[TestComparison, ...]) -> list[str]:
+    from qnext.pipeline.comparing_records import TOO_FEW
+
     assumed = any(test.assumed for test in tests)
     lines = ["ratio: speed of the candidate over that of the baseline; below 1 it is slower."]
+    if any(test.why == TOO_FEW for test in tests):
+        lines.append("Fewer than 5 samples on each side show nothing at 99 %: measure with -r 5.")
     if assumed:
         lines.append(
             "How far equal runs differ on this machine is not known, 3 % is taken: measure one of the two "
