@@ -42,6 +42,7 @@ def pack_experts(problem: Problem, placed: Placed) -> Placed:
     if problem.offload_devices() == placement.devices[:1] and not placement.cpu_expert_layers:
         return placed
     packer = _Packer(problem, placement)
+    placed = _check(problem, placement)
     waiting = [found for names in packer.choices() if (found := packer.pack(names))]
     for _ in range(_CHECKS):
         if not waiting:
@@ -49,9 +50,7 @@ def pack_experts(problem: Problem, placed: Placed) -> Placed:
         number, (_, candidate) = min(enumerate(waiting), key=lambda one: one[1][0])
         if candidate == placement:
             break
-        checked = check_placement(problem, candidate)
-        if not checked.fits and not candidate.overrides and len(candidate.devices) > 1:
-            checked = check_placement(problem, replace(candidate, overrides=(NO_PIPELINE,)))
+        checked = _check(problem, candidate)
         if checked.fits:
             return checked if placed_seconds(problem, checked) < placed_seconds(problem, placed) else placed
         packer.learn(checked)
@@ -61,6 +60,24 @@ def pack_experts(problem: Problem, placed: Placed) -> Placed:
         else:
             del waiting[number]
     return placed
+
+
+def _check(problem: Problem, placement: Placement) -> Placed:
+    """The exact check of a placement, without its pipeline where that has no room.
+
+    The compute buffers of a dry run may be those of another placement that had no pipeline, so the estimate
+    has to agree.
+    """
+    checked = check_placement(problem, placement)
+    everything = not placement.overrides and placement.n_gpu_layers > problem.shape.n_layer_all
+    if len(placement.devices) < 2 or not everything:
+        return checked
+    estimated = checked
+    if problem.compute is not None:
+        estimated = check_placement(replace(problem, compute=None), placement)
+    if checked.fits and estimated.fits:
+        return checked
+    return check_placement(problem, replace(placement, overrides=(NO_PIPELINE,)))
 
 
 class _Packer:
