@@ -1,0 +1,129 @@
+"""The values of a race: what can be tried, what to measure next, what came of it, how it ended.
+
+A failure is a fact about its neighbours, too. `excluded_arms` is that rule: what needs at least as much of
+everything as an arm that ran out of memory is not tried; and what killed the engine twice and never ran is
+left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+from qnext.bench.knob_model import Level
+from qnext.bench.verdict import Verdict
+
+Rung = Literal["short", "full"]
+Status = Literal["ok", "out-of-memory", "crashed", "hung", "too-slow", "noisy"]
+DEADLY = ("crashed", "hung")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One configuration. Arms of one `group` share a loaded model; `order` sorts groups by placement.
+
+    `predicted_s` is the time of a turn as (low, mid, high) with 90 % between. `knobs` names every level that
+    may matter, placement included. `demands` grow with the memory needed, knob by knob: experts on the GPU,
+    ubatch, bytes per cached value. A `baseline` is measured whatever is predicted, and wins unless beaten.
+    """
+
+    name: str
+    group: str
+    order: int
+    knobs: Mapping[str, Level]
+    predicted_s: tuple[float, float, float]
+    demands: Mapping[str, float] = field(default_factory=dict)
+    baseline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Measure `arm` once, a few tokens (`short`) or a turn (`full`); `load`: load its group first."""
+
+    number: int
+    arm: str
+    group: str
+    rung: Rung
+    load: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step gave: the objective's time, from whichever rung, and the seconds that the step took in all.
+
+    `turn_ns` is prompt / prefill speed + generated / decode speed of the stated workload (or what else is to
+    be small); None unless `status` is ok.
+    """
+
+    status: Status
+    turn_ns: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where an arm ended. `ratio` is its time over the winner's (low, mid, high), by all that was measured.
+
+    `word`: winner, contender (not shown slower), slower, cannot-win (never measured: what was measured of its
+    knobs says so), not-reached (never measured, and could win), does-not-fit (needs more than what ran out of
+    memory), or the status in which it failed.
+    """
+
+    arm: str
+    word: str
+    because: str
+    measured: int
+    ratio: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end of a race. `verdict` compares the `challenger` with the best baseline, `against`.
+
+    `winner` is the challenger if that verdict says faster, else `against`; None when nothing ran.
+    """
+
+    winner: str | None
+    challenger: str | None
+    against: str | None
+    verdict: Verdict | None
+    standings: tuple[Standing, ...]
+
+
+def excluded_arms(
+    arms: Sequence[Arm], failed: Mapping[int, Status], ran: set[int]
+) -> dict[int, tuple[str, str]]:
+    """(word, reason) for each arm, by index, that failed or that a failure speaks against."""
+    out: dict[int, tuple[str, str]] = {i: (status, "it was tried") for i, status in failed.items()}
+    full = [arms[i] for i, status in failed.items() if status == "out-of-memory" and arms[i].demands]
+    deadly = _deadly_levels(arms, failed, ran)
+    for i, arm in enumerate(arms):
+        if i in out or i in ran:
+            continue
+        for other in full:
+            if arm.demands.keys() == other.demands.keys() and all(
+                arm.demands[what] >= need for what, need in other.demands.items()
+            ):
+                out[i] = ("does-not-fit", f"{other.name} needs no more and ran out of memory")
+        for levels in deadly:
+            if levels <= _levels(arm):
+                what = " and ".join(f"{knob} {level}" for knob, level in sorted(levels, key=str))
+                out[i] = ("crashed", f"the engine died twice with {what} and never ran with it")
+    return out
+
+
+def _deadly_levels(
+    arms: Sequence[Arm], failed: Mapping[int, Status], ran: set[int]
+) -> set[frozenset[tuple[str, Level]]]:
+    """Levels, alone or two together, in two arms that ended the engine and in none that ran."""
+    dead = [_levels(arms[i]) for i, status in failed.items() if status in DEADLY]
+    alive = [_levels(arms[i]) for i in ran]
+    shared = [one & two for one, two in combinations(dead, 2)]
+    causes = {frozenset(some) for both in shared for size in (1, 2) for some in combinations(both, size)}
+    return {cause for cause in causes if not any(cause <= levels for levels in alive)}
+
+
+def _levels(arm: Arm) -> frozenset[tuple[str, Level]]:
+    return frozenset(arm.knobs.items())

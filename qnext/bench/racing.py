@@ -1,0 +1,358 @@
+"""The search of a sweep: which configuration to measure next, when to stop, who won. No clock, no engine.
+
+A race has two parts. **Exploring** measures a few tokens per step, in blocks of shuffled arms: the baseline
+where it is loaded, the best known arm, and challengers, each drawn with the chance that it is the fastest
+(Thompson 1933). A model of knob effects (`knob_model`) turns every measurement into news about all arms, so
+arms that cannot win are never measured and contenders often. A model is loaded once on the way up through the
+placements, and the most promising ones once more on the way down, which cancels what drifts with time. The
+**duel** then compares the one challenger with the baselines on fresh pairs, since an arm picked as the best
+of many looks better than it is. Only a verdict of "faster" makes it the winner. Rounds of a duel between two
+loaded models go there and back for the same reason as above; each look at the pairs spends its part of the
+chance of error (Bonferroni), so looking often does not find differences that are not there.
+
+All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
+resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose
+points without knowing loads, pairs or budgets, its rank-test pruner needs SciPy and compares in fixed order;
+scikit-optimize is archived. What is left to take from them is linear algebra, which NumPy has.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from math import exp, sqrt
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qnext.bench.knob_model import Belief, KnobModel, Seen
+from qnext.bench.race_values import (
+    DEADLY,
+    Arm,
+    Outcome,
+    Result,
+    Rung,
+    Standing,
+    Status,
+    Step,
+    excluded_arms,
+)
+from qnext.bench.verdict import SMALLEST_EFFECT, Verdict, compare_paired
+from qnext.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnext.bench.knob_model import Array
+
+MAX_LOADS = 10
+GROUPS_TRIED = 5
+DUEL_LOADS = 4
+EXPLORE_SHARE = 0.65
+WAY_UP_SHARE = 0.35
+CHALLENGERS = 4
+WORLDS = 256
+CHANCE_WORTH_A_LOAD = 0.02
+LOSS_NOT_WORTH_TIME = 0.003
+DUEL_ROUNDS = 4
+FEWEST_PAIRS, MOST_PAIRS = 8, 60
+FULL_PAIRS = 2
+SHORT_SHARE = 1 / 6
+"""Time of a short step over a full one, as long as none was measured."""
+NOISY_TRIES = 2
+CERTAIN = 1.96
+
+_Script = Generator[tuple[int, Rung], Outcome, None]
+
+
+class Race:
+    """`while (step := race.next()) is not None: race.observe(step, measure(step))`, then `race.result()`.
+
+    `seconds` is the budget, loads included; the last step may exceed it. `cells` limits how many different
+    arms are measured. At most `max_loads` models are loaded, besides those that replace a dead engine.
+    Raises ValueError unless arms have different names and one of them is a baseline.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        *,
+        seconds: float,
+        cells: int | None = None,
+        seed: int = 0,
+        confidence: float = 0.95,
+        max_loads: int = MAX_LOADS,
+    ) -> None:
+        if not any(arm.baseline for arm in arms) or len({arm.name for arm in arms}) < len(arms):
+            raise ValueError("arms need different names and a baseline among them")
+        self.arms = tuple(arms)
+        self.seconds, self.cells, self.seed = seconds, cells, seed
+        self.confidence, self.max_loads = confidence, max_loads
+        self.spent_s, self.loads, self.reloads = 0.0, 0, 0
+        self._chance = random.Random(seed)
+        self._model = KnobModel([arm.knobs for arm in arms], [arm.predicted_s for arm in arms])
+        self._history: list[tuple[Step, Outcome]] = []
+        self._group: str | None = None
+        self._seen: list[Seen] = []
+        self._ran: set[int] = set()
+        self._failed: dict[int, Status] = {}
+        self._excluded: dict[int, tuple[str, str]] = {}
+        self._thoughts: tuple[int, Belief, Array] | None = None
+        self._winner: int | None = None
+        self._challenger: int | None = None
+        self._against: int | None = None
+        self._verdict: Verdict | None = None
+        self._script = self._run()
+        self._wanted: tuple[int, Rung] | None = next(self._script, None)
+
+    def next(self) -> Step | None:
+        """What to measure now; None when the race is over. Asking again gives the same."""
+        if self._wanted is None:
+            return None
+        index, rung = self._wanted
+        arm = self.arms[index]
+        return Step(len(self._history), arm.name, arm.group, rung, arm.group != self._group)
+
+    def observe(self, step: Step, outcome: Outcome) -> None:
+        """Tell what came of the step that `next` named. Raises ValueError for any other step."""
+        if step != self.next() or self._wanted is None:
+            raise ValueError(f"{step} was not asked for")
+        index, rung = self._wanted
+        died = self._history and self._history[-1][1].status in DEADLY
+        if step.load and died and step.group == self._history[-1][0].group:
+            self.reloads += 1
+        elif step.load:
+            self.loads += 1
+        self._history.append((step, outcome))
+        self._group = None if outcome.status in DEADLY else step.group
+        self.spent_s += outcome.seconds
+        if outcome.turn_ns is not None and outcome.status == "ok":
+            self._ran.add(index)
+            if rung == "short":
+                self._seen.append(Seen(index, outcome.turn_ns / 1e9, self.spent_s / self.seconds))
+        elif outcome.status != "noisy" or self._too_noisy(index):
+            self._failed[index] = outcome.status
+        self._excluded = excluded_arms(self.arms, self._failed, self._ran)
+        try:
+            self._wanted = self._script.send(outcome)
+        except StopIteration:
+            self._wanted = None
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs beside the arms, as JSON can hold it."""
+        outcomes = [
+            {"arm": step.arm, "rung": step.rung, **asdict(outcome)} for step, outcome in self._history
+        ]
+        return {
+            "seconds": self.seconds,
+            "cells": self.cells,
+            "seed": self.seed,
+            "confidence": self.confidence,
+            "max_loads": self.max_loads,
+            "outcomes": outcomes,
+        }
+
+    @classmethod
+    def restore(cls, arms: Sequence[Arm], state: Mapping[str, Any]) -> Race:
+        """The race as it was. The engine is gone, so load the next step's group whatever `load` says.
+
+        Raises UsageError when these arms would have asked for other steps than the recorded ones.
+        """
+        settings = {name: value for name, value in state.items() if name != "outcomes"}
+        race = cls(arms, **settings)
+        for told in state["outcomes"]:
+            step = race.next()
+            if step is None or (step.arm, step.rung) != (told["arm"], told["rung"]):
+                raise UsageError(
+                    "The recorded sweep does not belong to these settings: it went another way.",
+                    hint="Start it anew, without --resume.",
+                )
+            race.observe(step, Outcome(told["status"], told["turn_ns"], told["seconds"]))
+        return race
+
+    def result(self) -> Result:
+        """How the race stands; final once `next` gives None."""
+        belief, _ = self._think()
+        best = self._winner if self._winner is not None else self._leader()
+        standings = tuple(self._standing(i, best, belief) for i in range(len(self.arms)))
+
+        def name(index: int | None) -> str | None:
+            return None if index is None else self.arms[index].name
+
+        return Result(name(best), name(self._challenger), name(self._against), self._verdict, standings)
+
+    def _run(self) -> _Script:
+        home = {arm.group for arm in self.arms if arm.baseline}
+        groups = [group for _, group in sorted({(arm.order, arm.group) for arm in self.arms})]
+        groups = self._most_promising(groups, GROUPS_TRIED, home)
+        explore = EXPLORE_SHARE * self.seconds
+        for place, group in enumerate(groups):
+            left = WAY_UP_SHARE * explore - self.spent_s
+            yield from self._visit(group, self.spent_s + left / (len(groups) - place), at_least=1)
+        room = self.max_loads - DUEL_LOADS - self.loads + 1
+        groups = self._most_promising(groups[::-1], max(1, room), set())
+        for place, group in enumerate(groups):
+            chances = [self._chance_of(one) for one in groups[place:]]
+            if chances[0] >= CHANCE_WORTH_A_LOAD:
+                share = chances[0] / sum(chances)
+                yield from self._visit(group, self.spent_s + share * (explore - self.spent_s), at_least=0)
+        yield from self._duel()
+
+    def _visit(self, group: str, until: float, at_least: int) -> _Script:
+        """Blocks in one loaded model until the time is used or nothing there is worth measuring."""
+        blocks = 0
+        while blocks < at_least or (self.spent_s < until and self._loss() > LOSS_NOT_WORTH_TIME):
+            block = self._block(group)
+            if not block:
+                return
+            for index in block:
+                if index not in self._excluded:
+                    yield index, "short"
+            blocks += 1
+
+    def _block(self, group: str) -> list[int]:
+        """The baselines here, the best known, and challengers by their chance to be the fastest; shuffled."""
+        live = [i for i in self._live() if self.arms[i].group == group]
+        room = None if self.cells is None else self.cells - len(self._ran | set(self._failed))
+        block = [i for i in live if self.arms[i].baseline]
+        if not live or (
+            self._chance_of(group) < CHANCE_WORTH_A_LOAD and (not block or set(block) <= self._ran)
+        ):
+            return []
+        belief, worlds = self._think()
+        picks = [min(live, key=lambda i: belief.mean[i]), *(live[k] for k in worlds[:, live].argmin(axis=1))]
+        size = len(block) + 1 + CHALLENGERS
+        for pick in picks:
+            new = len(set(block) - self._ran)
+            if pick not in block and len(block) < size and (pick in self._ran or room is None or new < room):
+                block.append(pick)
+        self._chance.shuffle(block)
+        return block
+
+    def _duel(self) -> _Script:
+        """The challenger against the baselines on fresh pairs; sets who won."""
+        belief, _ = self._think()
+        baselines = [i for i in self._live() if self.arms[i].baseline]
+        others = [i for i in self._live() if i in self._ran and i not in baselines]
+        challenger = min(others, key=lambda i: belief.mean[i], default=None)
+        racers = baselines + ([] if challenger is None else [challenger])
+        times: dict[int, list[int | None]] = {i: [] for i in racers}
+        rounds = self._duel_rounds(racers) if baselines else 0
+        for played in range(rounds):
+            pairs = self._pairs_affordable(racers, rounds - played)
+            if played and pairs < FEWEST_PAIRS:
+                break
+            rungs: list[Rung] = ["short" for _ in range(max(1, pairs))]
+            rungs += ["full"] * FULL_PAIRS
+            for group in self._there_and_back(racers):
+                for rung in rungs:
+                    here = [i for i in racers if self.arms[i].group == group and i not in self._excluded]
+                    self._chance.shuffle(here)
+                    for index in here:
+                        outcome = yield index, rung
+                        times[index].append(outcome.turn_ns if outcome.status == "ok" else None)
+            racers = [i for i in racers if i not in self._excluded and any(times[i])]
+            alive = [i for i in racers if self.arms[i].baseline]
+            if not alive:
+                return
+            self._winner = self._against = min(alive, key=lambda i: median(filter(None, times[i])))
+            if challenger not in racers or challenger is None:
+                return
+            racers = [self._against, challenger]
+            both = [
+                (one, two)
+                for one, two in zip(times[challenger], times[self._against], strict=False)
+                if one and two
+            ]
+            if not both:
+                return
+            look = 1 - (1 - self.confidence) / rounds
+            self._challenger = challenger
+            self._verdict = compare_paired(*zip(*both, strict=True), confidence=look)
+            if self._verdict.word == "faster":
+                self._winner = challenger
+            if self._verdict.word != "no difference shown" or self._verdict.low > 1 - SMALLEST_EFFECT:
+                return
+
+    def _duel_rounds(self, racers: Sequence[int]) -> int:
+        groups = {self.arms[i].group for i in racers}
+        if len(groups) < 2:
+            return DUEL_ROUNDS
+        spare = self.max_loads - self.loads - len(groups - {self._group})
+        return max(1, min(DUEL_ROUNDS, 1 + spare))
+
+    def _pairs_affordable(self, racers: Sequence[int], rounds: int) -> int:
+        """Short pairs per round that the rest of the budget pays for, full ones and a load set aside."""
+        full = sum(self._usual_seconds(i, "full") for i in racers)
+        short = sum(self._usual_seconds(i, "short") for i in racers)
+        left = (self.seconds - self.spent_s) / rounds - FULL_PAIRS * full
+        return min(MOST_PAIRS, int(left / short))
+
+    def _usual_seconds(self, index: int, rung: Rung) -> float:
+        told = [
+            outcome.seconds
+            for step, outcome in self._history
+            if (step.arm, step.rung, step.load) == (self.arms[index].name, rung, False)
+        ]
+        return (
+            median(told)
+            if told
+            else exp(self._think()[0].mean[index]) * (1 if rung == "full" else SHORT_SHARE)
+        )
+
+    def _there_and_back(self, racers: Sequence[int]) -> list[str]:
+        """The racers' groups in order of placement, from the end that is loaded now."""
+        groups = [group for _, group in sorted({(self.arms[i].order, self.arms[i].group) for i in racers})]
+        return groups[::-1] if self._group == groups[-1] else groups
+
+    def _live(self) -> list[int]:
+        return [i for i in range(len(self.arms)) if i not in self._excluded]
+
+    def _leader(self) -> int | None:
+        belief, _ = self._think()
+        return min((i for i in self._live() if i in self._ran), key=lambda i: belief.mean[i], default=None)
+
+    def _think(self) -> tuple[Belief, Array]:
+        """The belief after the last outcome, and worlds drawn from it, in which excluded arms never end."""
+        now = len(self._history)
+        if self._thoughts is None or self._thoughts[0] != now:
+            belief = self._model.believe(self._seen)
+            self._thoughts = (now, belief, belief.draws(WORLDS, (self.seed, now)))
+            self._thoughts[2][:, list(self._excluded)] = float("inf")
+        return self._thoughts[1:]
+
+    def _chance_of(self, group: str) -> float:
+        """That the fastest arm of all is in this group."""
+        _, worlds = self._think()
+        return float(sum(self.arms[int(i)].group == group for i in worlds.argmin(axis=1)) / WORLDS)
+
+    def _loss(self) -> float:
+        """Expected share of time lost if the best known arm were taken now."""
+        leader = self._leader()
+        _, worlds = self._think()
+        return float("inf") if leader is None else float((worlds[:, leader] - worlds.min(axis=1)).mean())
+
+    def _most_promising(self, groups: Sequence[str], count: int, always: set[str]) -> list[str]:
+        ranked = sorted(groups, key=lambda group: (group not in always, -self._chance_of(group)))
+        return [group for group in groups if group in ranked[:count]]
+
+    def _too_noisy(self, index: int) -> bool:
+        arm = self.arms[index]
+        noisy = [step for step, outcome in self._history if (step.arm, outcome.status) == (arm.name, "noisy")]
+        return not arm.baseline and len(noisy) >= NOISY_TRIES
+
+    def _standing(self, index: int, best: int | None, belief: Belief) -> Standing:
+        name = self.arms[index].name
+        measured = sum((step.arm, outcome.status) == (name, "ok") for step, outcome in self._history)
+        if index in self._excluded or best is None:
+            word, because = self._excluded.get(index, ("not-reached", "nothing ran"))
+            return Standing(name, word, because, measured, None)
+        cov = belief.covariance
+        spread = sqrt(max(0.0, cov[index, index] + cov[best, best] - 2 * cov[index, best]))
+        off = float(belief.mean[index] - belief.mean[best])
+        ratio = (exp(off - CERTAIN * spread), exp(off), exp(off + CERTAIN * spread))
+        slower = off > CERTAIN * spread
+        size = f"{ratio[1] - 1:+.0%} time against the winner, {ratio[0] - 1:+.0%} at best"
+        if index == best:
+            return Standing(name, "winner", "", measured, ratio)
+        if measured:
+            return Standing(name, "slower" if slower else "contender", size, measured, ratio)
+        return Standing(name, "cannot-win" if slower else "not-reached", size, 0, ratio)
