@@ -125,7 +125,10 @@ def _contexts(problem: Problem) -> list[int]:
 def cache_types(problem: Problem) -> list[Cache]:
     """Cache types to try, most wanted first."""
     options = problem.options
-    if options.kv_type_k is not None or options.kv_type_v is not None:
+    named = options.kv_type_k or options.kv_type_v
+    if named is not None and problem.shape.latent_attention:  # one cache for both, so one type
+        return [(options.kv_type_k or named, options.kv_type_v or named)]
+    if named is not None:
         return [(options.kv_type_k or FULL_CACHE[0], options.kv_type_v or FULL_CACHE[1])]
     small = options.flash_attention == "on" and _heads_divide(problem.shape, 32)
     return [FULL_CACHE, SMALL_CACHE] if small else [FULL_CACHE]

@@ -12,7 +12,7 @@ import pytest
 from qnext.hardware import load_machine
 from qnext.models.shape import read_shape
 from qnext.models.synth.imagined import imagined_header
-from qnext.plan.choice import SLOTS_COST, SMALL_CACHE_GAIN, choose_placement, fitting_placements
+from qnext.plan.choice import SLOTS_COST, SMALL_CACHE_GAIN, cache_types, choose_placement, fitting_placements
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import DEFAULT_CONTEXT, MOST_SLOTS, PlanOptions
 from qnext.plan.placement import Problem
@@ -144,3 +144,10 @@ def test_heads_for_drafting_are_priced_and_left_out() -> None:
     assert not plan.placement.load_mtp
     assert 1.0 < float(told.numbers["two_tokens_over_one"]) <= 2.0
     assert int(told.numbers["heads_bytes"]) > 0
+
+
+def test_a_latent_cache_has_one_type_for_keys_and_values() -> None:
+    problem = asking(NARROW_CACHE, kv_type_k="q8_0")
+    problem = replace(problem, shape=replace(problem.shape, latent_attention=True))
+    assert cache_types(problem) == [("q8_0", "q8_0")]
+    assert cache_types(asking(NARROW_CACHE, kv_type_k="q8_0")) == [("q8_0", "f16")]
