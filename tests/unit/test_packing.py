@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qnext.models.shape import is_expert, layer_of
 from qnext.plan.cut import DeviceShare, best_cut
 from qnext.plan.flags import expert_pattern
-from qnext.plan.layer_prices import ComputeNeed, LayerPrice
+from qnext.plan.layer_prices import NO_PIPELINE, ComputeNeed, LayerPrice
 from qnext.plan.packing import pack_experts
 from qnext.plan.placement import ALL_LAYERS, Placed, Problem, check_placement, find_placement
 from qnext.plan.speed import MachineSpeeds
@@ -115,6 +115,23 @@ def test_the_faster_gpu_holds_more_of_the_experts_whatever_its_place() -> None:
             if is_expert(item.tensor.name):
                 on[item.buffer if item.buffer in on else HOST] += item.tensor.nbytes
         assert on[fast] > on[slow]
+
+
+NOT_IN_PIPELINE = {HOST: 1_579_072, "RPC0": 5_018_656, "RPC1": 5_018_688}
+"""Compute buffers of a dry run."""
+
+
+@pytest.mark.parametrize(
+    ("size", "compute", "rules"),
+    [(22, None, ()), (16, None, (NO_PIPELINE,)), (16, NOT_IN_PIPELINE, (NO_PIPELINE,))],
+)
+def test_devices_do_without_their_pipeline_where_its_copies_have_no_room(
+    size: int, compute: dict[str, int] | None, rules: tuple[Override, ...]
+) -> None:
+    asked = ask("tiny-qwen3next", {"RPC0": size * MIB, "RPC1": size * MIB}, compute=compute)
+    placement = packed(asked).placement
+    assert placement.cpu_expert_layers == ()
+    assert placement.overrides == rules
 
 
 def test_a_gpu_that_only_adds_a_crossing_is_left_out() -> None:
