@@ -46,6 +46,7 @@ def measure_optimality() -> Figure:
     "placement-optimal-two",
     "turn time on 2 and 3 GPUs: chosen placement / best of all subsets x cuts x ubatches",
     bar="at most 1.01",
+    minutes=2,
 )
 def measure_optimality_of_several() -> Figure:
     return _worst(_several())
