@@ -12,6 +12,7 @@ moves; a layer on two devices would cross between them twice, which the forecast
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -26,6 +27,8 @@ from qnext.plan.weights import layer_devices
 
 _CHECKS = 6
 """Packings that are checked exactly, the most promising first."""
+_AS_GOOD = 1.005
+"""How much longer a turn may be for the sake of a pipeline, whose gain the forecast does not know."""
 _MOST_CHOSEN_FROM = 4
 """With more GPUs than this, leaving out some of them is not tried."""
 
@@ -47,10 +50,12 @@ def pack_experts(problem: Problem, placed: Placed) -> Placed:
     for _ in range(_CHECKS):
         if not waiting:
             break
-        number, (_, candidate) = min(enumerate(waiting), key=lambda one: one[1][0])
+        number, (seconds, candidate) = min(enumerate(waiting), key=lambda one: one[1][0])
         if candidate == placement:
             break
         checked = _check(problem, candidate)
+        if checked.placement != candidate:
+            checked = _with_pipeline(problem, packer, seconds, candidate) or checked
         if checked.fits:
             return checked if placed_seconds(problem, checked) < placed_seconds(problem, placed) else placed
         packer.learn(checked)
@@ -80,6 +85,19 @@ def _check(problem: Problem, placement: Placement) -> Placed:
     return check_placement(problem, replace(placement, overrides=(NO_PIPELINE,)))
 
 
+def _with_pipeline(problem: Problem, packer: _Packer, seconds: float, candidate: Placement) -> Placed | None:
+    """Another cut between the same devices that takes hardly longer and leaves room for their pipeline."""
+    estimated = replace(problem, compute=None)
+    alone = replace(candidate, overrides=(NO_PIPELINE,))
+    both = (check_placement(estimated, one).memory.devices for one in (candidate, alone))
+    copies = {one.name: one.compute_bytes - other.compute_bytes for one, other in zip(*both, strict=True)}
+    found = packer.pack(candidate.devices, copies)
+    if found is None or found[1].overrides or found[0] > seconds * _AS_GOOD:
+        return None
+    checked = _check(problem, found[1])
+    return checked if checked.fits and checked.placement == found[1] else None
+
+
 class _Packer:
     """Packs one placement's layers on any choice of devices."""
 
@@ -106,18 +124,24 @@ class _Packer:
         for number in range(len(names), 0, -1):
             yield from (chosen for chosen in combinations(names, number) if needed <= set(chosen))
 
-    def pack(self, names: tuple[str, ...]) -> tuple[float, Placement] | None:
-        """The best packing on these devices and about how long its turn takes; None if nothing fits."""
+    def pack(
+        self, names: tuple[str, ...], taken: Mapping[str, int] | None = None
+    ) -> tuple[float, Placement] | None:
+        """The best packing on these devices and about how long its turn takes; None if nothing fits.
+
+        `taken` are bytes to leave alone on each device.
+        """
         shape, placement, problem = self._problem.shape, self._placement, self._problem
         ends = self._forced_ends(names)
         busy = names if ends is None else tuple(name for name, end in ends.items() if end is not None)
         needs = compute_needs(problem, placement, busy)
         whole = fixed_seconds(problem, placement, names, busy)
-        lacking = self._lacking.get(names, {})
+        lacking = Counter(self._lacking.get(names, {}))
+        lacking.update(taken or {})
         shares = [
             DeviceShare(
                 prices=self._prices[name],
-                room=self._budgets[name] - lacking.get(name, 0),
+                room=self._budgets[name] - lacking[name],
                 need=needs[name],
                 free=self._free,
                 in_ram=self._in_ram,
