@@ -27,11 +27,13 @@ measured.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qnext.models.shape import ModelShape, is_expert, layer_of
 from qnext.plan.cache import ContextSizes, context_sizes, sliding_cells
+from qnext.plan.identity import Same
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.values import HOST, OFFLOAD_MIN_TOKENS, Placement
 from qnext.plan.weights import PlacedTensor
@@ -59,8 +61,8 @@ class _Rows:
 def estimate_compute(
     shape: ModelShape,
     placement: Placement,
-    placed: Sequence[PlacedTensor],
-    layer_device: Sequence[str],
+    placed: tuple[PlacedTensor, ...],
+    layer_device: tuple[str, ...],
     devices: Sequence[DeviceTraits],
 ) -> dict[str, int]:
     """Estimated compute buffer of the host and of each device, in bytes.
@@ -69,8 +71,10 @@ def estimate_compute(
     the rest of it and the output run.
     """
     rows = _rows(shape, placement, context_sizes(shape, placement))
-    feed_forward = _feed_forward_devices(shape, placed, layer_device, devices)
-    copied = _copied_experts(shape, placement, placed, layer_device, devices)
+    asked = (Same(shape), Same(placed), layer_device, tuple(devices))
+    feed_forward = _feed_forward_devices(*asked)
+    copies = placement.op_offload and context_sizes(shape, placement).ubatch >= OFFLOAD_MIN_TOKENS
+    copied = _copied_experts(*asked) if copies else {}
     pipeline = _works_in_pipeline(placement, layer_device, feed_forward)
     sent = _COPIES * (rows.mask + rows.embd) if pipeline else rows.mask
     estimates = {}
@@ -205,40 +209,41 @@ def _works_in_pipeline(
     )
 
 
+@lru_cache(maxsize=16)
 def _feed_forward_devices(
-    shape: ModelShape,
-    placed: Sequence[PlacedTensor],
-    layer_device: Sequence[str],
-    devices: Sequence[DeviceTraits],
-) -> list[str]:
+    same_shape: Same[ModelShape],
+    placed: Same[tuple[PlacedTensor, ...]],
+    layer_device: tuple[str, ...],
+    devices: tuple[DeviceTraits, ...],
+) -> Sequence[str]:
     """Device that multiplies the down projection of each trunk layer."""
+    shape = same_shape.value
     own = {device.buffer_type: device.name for device in devices}
     found = list(layer_device[: shape.n_layer])
-    for item in placed:
+    for item in placed.value:
         layer = layer_of(item.tensor.name)
         if layer is not None and layer < shape.n_layer and _DOWN.search(item.tensor.name):
             found[layer] = own.get(item.buffer, HOST)
     return found
 
 
+@lru_cache(maxsize=16)
 def _copied_experts(
-    shape: ModelShape,
-    placement: Placement,
-    placed: Sequence[PlacedTensor],
-    layer_device: Sequence[str],
-    devices: Sequence[DeviceTraits],
-) -> dict[str, int]:
+    same_shape: Same[ModelShape],
+    placed: Same[tuple[PlacedTensor, ...]],
+    layer_device: tuple[str, ...],
+    devices: tuple[DeviceTraits, ...],
+) -> Mapping[str, int]:
     """Room for one expert matrix per GPU that multiplies CPU experts itself for large batches.
 
     Only matrices in plain or pinned host memory can be copied; one is held at a time (ggml-backend.cpp,
     ggml_backend_sched_split_graph).
     """
+    shape = same_shape.value
     gpus = {device.name for device in devices if device.kind == "gpu"}
     plain = {HOST, *(device.host_buffer for device in devices if device.host_buffer)}
     copies: dict[str, int] = {}
-    if not placement.op_offload or context_sizes(shape, placement).ubatch < OFFLOAD_MIN_TOKENS:
-        return copies
-    for item in placed:
+    for item in placed.value:
         layer = layer_of(item.tensor.name)
         if layer is None or layer >= shape.n_layer or not is_expert(item.tensor.name):
             continue

@@ -104,20 +104,20 @@ def compute_needs(problem: Problem, placement: Placement, names: Sequence[str]) 
         return needs
     first = max(0, shape.n_layer_all + 1 - placement.n_gpu_layers)
 
-    def dealt(over: Sequence[str]) -> list[str]:
+    def dealt(over: Sequence[str]) -> tuple[str, ...]:
         """Layers cut evenly, the output layer on the last device."""
         moved = shape.n_layer_all - first
         homes = [over[number * len(over) // moved] for number in range(moved)]
-        return [*[HOST] * first, *homes, names[-1]]
+        return (*[HOST] * first, *homes, names[-1])
 
     devices = [problem.traits[name] for name in names]
     placement = replace(placement, overrides=(NO_PIPELINE,))
     # Matrices without bytes: the room for the one that is copied comes on top.
-    in_ram = [
+    in_ram = tuple(
         PlacedTensor(replace(tensor, nbytes=0), HOST)
         for tensor in problem.header.tensors
         if is_expert(tensor.name) and "down" in tensor.name
-    ]
+    )
     present = estimate_compute(shape, placement, (), dealt(names), devices)
     absent = estimate_compute(shape, placement, in_ram, dealt(names), devices)
     output = estimate_compute(shape, placement, in_ram, dealt(names[:-1] or names), devices)
@@ -174,10 +174,10 @@ def _price(
     alone = fixed_seconds(problem, placement, (name,), (name,))
 
     def seconds(buffer: str) -> float:
-        placed = [
+        placed = tuple(
             PlacedTensor(tensor, buffer if expert else traits.buffer_type)
             for tensor, expert in zip(tensors, experts, strict=True)
-        ]
+        )
         load = active_work(shape, placed, {traits.buffer_type: name})
         return _seconds(problem, placement, load, memories) - alone
 

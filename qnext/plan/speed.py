@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.models.shape import ModelShape, is_expert, layer_of
+from qnext.plan.identity import Same
 from qnext.plan.kernels import (
     ATTENTION_NODES,
     DECODE_RANGE,
@@ -111,12 +113,23 @@ class Load:
 
 
 def active_work(
-    shape: ModelShape, placed: Sequence[PlacedTensor], device_of_buffer: Mapping[str, str]
+    shape: ModelShape, placed: tuple[PlacedTensor, ...], device_of_buffer: Mapping[str, str]
 ) -> Load:
     """What decoding one token touches: `experts_used / experts` of the routed experts, all else in full.
 
-    Embeddings are looked up, one row, and count as nothing, unless they are the output matrix too.
+    Embeddings are looked up, one row, and count as nothing, unless they are the output matrix too. The last
+    answers are kept.
     """
+    return _active_work(Same(shape), Same(placed), tuple(device_of_buffer.items()))
+
+
+@lru_cache(maxsize=32)
+def _active_work(
+    same_shape: Same[ModelShape],
+    same_placed: Same[tuple[PlacedTensor, ...]],
+    owners: tuple[tuple[str, str], ...],
+) -> Load:
+    shape, placed, device_of_buffer = same_shape.value, same_placed.value, dict(owners)
     tied = all(item.tensor.name != "output.weight" for item in placed)
     read: dict[str, dict[str, int]] = {}
     chosen: dict[str, int] = {}
@@ -173,7 +186,7 @@ def active_work(
 def predict_speed(
     shape: ModelShape,
     placement: Placement,
-    placed: Sequence[PlacedTensor],
+    placed: tuple[PlacedTensor, ...],
     devices: Sequence[DeviceMemory],
     device_of_buffer: Mapping[str, str],
     speeds: MachineSpeeds,

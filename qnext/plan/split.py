@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape, layer_of
 from qnext.plan.cache import kv_bytes, recurrent_bytes
+from qnext.plan.identity import Same
 from qnext.plan.traits import DeviceTraits
 from qnext.plan.values import HOST, Placement
-from qnext.plan.weights import assign_buffers
+from qnext.plan.weights import PlacedTensor, assign_buffers
 
 
 def layer_costs(
@@ -29,13 +31,8 @@ def layer_costs(
     first_device = traits[placement.devices[0]]
     single = replace(placement, devices=(first_device.name,), tensor_split=None)
     n_all = shape.n_layer_all
-    costs = [0] * (n_all + 1)
-    for item in assign_buffers(header, shape, single, traits[HOST], [first_device]):
-        if item.buffer == first_device.buffer_type:
-            tensor = item.tensor
-            layer = layer_of(tensor.name)
-            cost = first_device.alloc_bytes(tensor.shape, tensor.type_name, tensor.nbytes)
-            costs[n_all if layer is None else layer] += cost
+    placed = assign_buffers(header, shape, single, traits[HOST], [first_device])
+    costs = list(_weight_costs(Same(placed), first_device, n_all))
     if placement.kv_offload:
         names = [str(layer) for layer in range(n_all + 1)]
         by_layer = dict.fromkeys(names, first_device)
@@ -43,6 +40,21 @@ def layer_costs(
             for name, size in state(shape, placement, names, by_layer).items():
                 costs[int(name)] += size
     return costs[max(n_all + 1 - placement.n_gpu_layers, 0) :]
+
+
+@lru_cache(maxsize=16)
+def _weight_costs(
+    placed: Same[tuple[PlacedTensor, ...]], device: DeviceTraits, n_layers: int
+) -> Sequence[int]:
+    """Bytes of weights on `device` of each layer, last of the output layer."""
+    costs = [0] * (n_layers + 1)
+    for item in placed.value:
+        if item.buffer == device.buffer_type:
+            tensor = item.tensor
+            layer = layer_of(tensor.name)
+            cost = device.alloc_bytes(tensor.shape, tensor.type_name, tensor.nbytes)
+            costs[n_layers if layer is None else layer] += cost
+    return costs
 
 
 def deal_layers(costs: Sequence[int], rooms: Sequence[int]) -> list[int]:

@@ -17,15 +17,20 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qnext.errors import UsageError
 from qnext.models.header import ModelHeader, TensorInfo
 from qnext.models.shape import ModelShape, is_expert, layer_of
+from qnext.plan.identity import Same
 from qnext.plan.traits import AMX, CPU_ALIGNMENT, DeviceTraits, amx_bytes, extra_buffer_accepts, pad
 from qnext.plan.values import HOST, Override, Placement
 
 MAPPED = "CPU_Mapped"
 """Name llama.cpp prints for the part of a mapped file that holds CPU weights."""
+
+_KEPT = 32
+"""Placements whose answers are kept: those that one search goes back and forth between."""
 
 _INPUT = re.compile(r"^(?:token_embd|token_types|position_embd|per_layer_token_embd)\b(?!_norm)")
 _ROPE = re.compile(r"^rope_(?:freqs|factors_long|factors_short)\.")
@@ -82,10 +87,33 @@ def assign_buffers(
 
     Tensors of MTP blocks are left out unless `placement.load_mtp`. Assumes that an offload device can run
     the operations of the layers it is given (RPC says so of everything, CUDA and Metal do for these models).
-    Raises UsageError for an override whose pattern is not a regular expression.
+    Raises UsageError for an override whose pattern is not a regular expression. The last answers are kept: a
+    search asks about the same weights for many contexts and ubatches.
     """
+    of_weights = Placement(
+        devices=placement.devices,
+        n_gpu_layers=placement.n_gpu_layers,
+        overrides=placement.overrides,
+        tensor_split=placement.tensor_split,
+        load_mode=placement.load_mode,
+        extra_buffers=placement.extra_buffers,
+        load_mtp=placement.load_mtp,
+    )
+    return _assigned(Same(header), Same(shape), of_weights, host, tuple(devices))
+
+
+@lru_cache(maxsize=_KEPT)
+def _assigned(
+    same_header: Same[ModelHeader],
+    same_shape: Same[ModelShape],
+    placement: Placement,
+    host: DeviceTraits,
+    devices: tuple[DeviceTraits, ...],
+) -> tuple[PlacedTensor, ...]:
+    header, shape = same_header.value, same_shape.value
     layers = layer_devices(shape, placement, devices)
     by_name = {device.name: device for device in devices}
+    homes = [by_name.get(name) for name in layers]
     rules = _Rules(placement, host, devices)
 
     def place(tensor: TensorInfo, device_name: str, *, looked_up: bool) -> PlacedTensor:
@@ -94,12 +122,14 @@ def assign_buffers(
 
     placed: list[PlacedTensor] = []
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+    created = shape.n_layer_all if placement.load_mtp else shape.n_layer
     for tensor in header.tensors:
         layer = layer_of(tensor.name)
-        looked_up = _LOOKED_UP.search(tensor.name) is not None
+        looked_up = _is_looked_up(tensor.name)
         if layer is not None:
-            if layer < shape.n_layer or placement.load_mtp:
-                placed.append(place(tensor, layers[layer], looked_up=looked_up))
+            if layer < created:
+                buffer = rules.buffer_for(tensor, homes[layer], looked_up=looked_up)
+                placed.append(PlacedTensor(tensor, buffer))
         elif _INPUT.match(tensor.name):
             first = place(tensor, HOST, looked_up=looked_up)
             placed.append(first)
@@ -118,21 +148,28 @@ def assign_buffers(
 
 
 def buffer_bytes(
-    placed: Sequence[PlacedTensor],
+    placed: tuple[PlacedTensor, ...],
     placement: Placement,
     devices: Sequence[DeviceTraits],
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """Size of each weight buffer by the name llama.cpp prints ("model buffer size"), to the byte.
 
     With mmap the plain CPU buffer is called `CPU_Mapped` and spans each shard from its first to its last CPU
     tensor; everything else is the padded sum of its tensors.
     """
+    return _buffer_bytes(Same(placed), maps_file(placement), tuple(devices))
+
+
+@lru_cache(maxsize=_KEPT)
+def _buffer_bytes(
+    placed: Same[tuple[PlacedTensor, ...]], mapped: bool, devices: tuple[DeviceTraits, ...]
+) -> Mapping[str, int]:
     own = {device.buffer_type: device for device in devices}
     sizes: dict[str, int] = defaultdict(int)
     windows: dict[int, tuple[int, int]] = {}
-    for item in placed:
+    for item in placed.value:
         tensor = item.tensor
-        if item.buffer == HOST and maps_file(placement):
+        if item.buffer == HOST and mapped:
             end = tensor.offset + tensor.nbytes
             low, high = windows.get(tensor.shard, (tensor.offset, end))
             windows[tensor.shard] = min(low, tensor.offset), max(high, end)
@@ -156,11 +193,16 @@ def weights_by_device(sizes: Mapping[str, int], devices: Sequence[DeviceTraits])
     return dict(totals)
 
 
+@lru_cache(maxsize=8192)
+def _is_looked_up(tensor_name: str) -> bool:
+    return _LOOKED_UP.search(tensor_name) is not None
+
+
 class _Rules:
     """The choice of a buffer type for one tensor, under one placement."""
 
     def __init__(self, placement: Placement, host: DeviceTraits, devices: Sequence[DeviceTraits]) -> None:
-        self._overrides = [(_compile(rule), rule.buffer) for rule in placement.overrides]
+        self._overrides = [(_matches(rule), rule.buffer) for rule in placement.overrides]
         self._host = host
         self._extra = placement.extra_buffers
         self._pinned = next((device.host_buffer for device in devices if device.host_buffer), None)
@@ -168,19 +210,18 @@ class _Rules:
 
     def buffer_for(self, tensor: TensorInfo, device: DeviceTraits | None, *, looked_up: bool) -> str:
         """`device` is None on the CPU; `looked_up` weights (embeddings) are indexed, not multiplied."""
-        buffer = self._chosen(tensor, device, looked_up)
-        # A mapped file is not copied to pinned memory; the engine does not go on to try repacking then.
-        return HOST if self._mapped and buffer == self._pinned else buffer
-
-    def _chosen(self, tensor: TensorInfo, device: DeviceTraits | None, looked_up: bool) -> str:
-        for pattern, buffer in self._overrides:
-            if pattern.search(tensor.name):
-                return self._cpu_buffer(tensor, looked_up) if buffer == HOST else buffer
+        for matches, buffer in self._overrides:
+            if matches[tensor.name]:
+                if buffer != HOST:
+                    # A mapped file is not copied to pinned memory, even where that is asked for.
+                    return HOST if self._mapped and buffer == self._pinned else buffer
+                return self._cpu_buffer(tensor, looked_up)
         return self._cpu_buffer(tensor, looked_up) if device is None else device.buffer_type
 
     def _cpu_buffer(self, tensor: TensorInfo, looked_up: bool) -> str:
         if self._pinned is not None:
-            return self._pinned
+            # A mapped file is not copied to pinned memory; the engine does not go on to try repacking then.
+            return HOST if self._mapped else self._pinned
         if self._extra and not looked_up and _MULTIPLIED.search(tensor.name):
             for buffer in self._host.extra_buffers:
                 if extra_buffer_accepts(buffer, tensor, is_expert(tensor.name), self._host.features):
@@ -188,9 +229,22 @@ class _Rules:
         return HOST
 
 
-def _compile(rule: Override) -> re.Pattern[str]:
+class _Matches(dict[str, bool]):
+    """Whether a pattern is found in a tensor's name: a search for a placement asks it again and again."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        super().__init__()
+        self._pattern = pattern
+
+    def __missing__(self, name: str) -> bool:
+        found = self[name] = self._pattern.search(name) is not None
+        return found
+
+
+@lru_cache(maxsize=256)
+def _matches(rule: Override) -> _Matches:
     try:
-        return re.compile(rule.pattern)
+        return _Matches(re.compile(rule.pattern))
     except re.error as error:
         raise UsageError(
             f"'{rule.pattern}={rule.buffer}' is not a regular expression: {error}",

@@ -82,14 +82,15 @@ def test_nothing_is_chosen_where_nothing_fits() -> None:
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not() -> None:
+    from dataclasses import replace
+
     problem = offer("Q6_K", "rtx4070-64gb").problem
+    problem = replace(problem, options=replace(problem.options, kv_type_k="f16"))
     placed = choose_placement(problem)
     longest = longest_context(problem, placed)
     assert longest is not None and 32_768 < longest < problem.shape.context_train
 
     def fits(context: int) -> bool:
-        from dataclasses import replace
-
         options = replace(problem.options, context=context, ubatch=placed.placement.ubatch)
         return choose_placement(replace(problem, options=options)).fits
 
