@@ -91,14 +91,20 @@ def _with_smaller_cache(problem: Problem, fitting: list[Placed]) -> list[Placed]
         return fitting
     if best.placement.kv_type_k == SMALL_CACHE[0]:
         return fitting
-    base = _base(problem, best.placement.context, SMALL_CACHE, best.placement.ubatch)
-    small = find_placement(problem, base)
+    context, first = best.placement.context, best.placement.ubatch
+    small = find_placement(problem, _base(problem, context, SMALL_CACHE, first))
     if not small.fits:
         return fitting
     small = pack_experts(problem, small)
-    if placed_seconds(problem, small) < placed_seconds(problem, best) * (1 - SMALL_CACHE_GAIN):
-        return [small, *fitting]
-    return [*fitting, small]
+    if placed_seconds(problem, small) >= placed_seconds(problem, best) * (1 - SMALL_CACHE_GAIN):
+        return [*fitting, small]
+    others = (
+        find_placement(problem, _base(problem, context, SMALL_CACHE, ubatch))
+        for ubatch in _ubatches(problem)
+        if ubatch != first
+    )
+    packed = [small, *(pack_experts(problem, one) for one in others if one.fits)]
+    return [*sorted(packed, key=lambda candidate: placed_seconds(problem, candidate)), *fitting]
 
 
 def _rooms(problem: Problem) -> Iterator[tuple[int, Cache]]:

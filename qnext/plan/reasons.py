@@ -7,6 +7,7 @@ from dataclasses import replace
 from qnext.models.shape import layer_of
 from qnext.plan.choice import SLOTS_COST, SMALL_CACHE, SMALL_CACHE_GAIN
 from qnext.plan.host_caches import HostCaches
+from qnext.plan.layer_prices import NO_PIPELINE
 from qnext.plan.options import DEFAULT_CONTEXT, GPU_UBATCHES
 from qnext.plan.placement import Placed, Problem
 from qnext.plan.turn import verifying_share
@@ -24,6 +25,14 @@ def plan_reasons(problem: Problem, placed: Placed, caches: HostCaches) -> list[R
         reasons += _cache_reasons(problem, placed)
     if options.parallel is None:
         reasons.append(_slots_reason(placed))
+    if NO_PIPELINE in placement.overrides:
+        reasons.append(
+            Reason(
+                "no pipeline between the GPUs",
+                "llama.cpp would keep four copies of what it sends them, which do not fit beside the weights; "
+                f"an override that matches no tensor ({NO_PIPELINE.pattern}) turns that off",
+            )
+        )
     chosen = options.ubatch is None and placement.ubatch in GPU_UBATCHES
     if placement.cpu_expert_layers and placement.devices and chosen:
         reasons.append(
