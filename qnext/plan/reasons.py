@@ -29,7 +29,7 @@ def plan_reasons(problem: Problem, placed: Placed, caches: HostCaches) -> list[R
         reasons.append(
             Reason(
                 "no pipeline between the GPUs",
-                "llama.cpp would keep four copies of what it sends them, which do not fit beside the weights; "
+                "llama.cpp would keep four copies of what it sends them, too much beside the weights; "
                 f"an override that matches no tensor ({NO_PIPELINE.pattern}) turns that off",
             )
         )
