@@ -76,7 +76,11 @@ def _seconds(problem: Problem) -> tuple[float, Placed] | None:
 
 
 def _difference(best: Placed, other: Placed) -> str:
-    parts = [f"ubatch {other.placement.ubatch:,} instead of {best.placement.ubatch:,}"]
+    parts = []
+    if other.placement.ubatch != best.placement.ubatch:
+        parts.append(f"ubatch {other.placement.ubatch:,} instead of {best.placement.ubatch:,}")
+    if other.placement.kv_type_k != best.placement.kv_type_k:
+        parts.append(f"KV cache in {other.placement.kv_type_k} instead of {best.placement.kv_type_k}")
     before, after = (len(one.placement.cpu_expert_layers) for one in (best, other))
     if after != before:
         parts.append(f"experts of {after} layers in RAM instead of {before}")
