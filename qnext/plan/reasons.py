@@ -159,8 +159,8 @@ def _placement_reason(problem: Problem, placed: Placed) -> Reason:
             numbers,
         )
     because = (
-        "attention, cache and shared experts serve every token and go to the GPU first; experts follow from "
-        "the first layer on while they fit"
+        "attention, cache and shared experts serve every token and go to the GPU first; experts follow while "
+        "they fit, packed by their sizes so that the least time is lost to RAM"
     )
     if moved and problem.options.cpu_experts is None:
         following = shape.layer_bytes[placement.cpu_expert_layers[0]].expert_bytes
