@@ -92,10 +92,17 @@ WIDTH = 1.2816
 
 @dataclass(frozen=True)
 class Row:
-    """One published measurement with the terms of its forecast. Speeds are tokens per second."""
+    """One published measurement with the terms of its forecast. Speeds are tokens per second.
+
+    `engine` names the machine's entry with its backend and age: what an engine build is of one's own machine.
+    """
 
     name: str
     machine: str
+    engine: str
+    model: str
+    size_gib: float
+    several_gpus: bool
     judged: bool
     where: str
     terms: dict[str, dict[str, float]]
@@ -187,8 +194,19 @@ def _row(entry: Mapping[str, str], facts: Mapping[str, Any]) -> Row:
         terms["decode"]["old_cpu" if where == "cpu" else "old"] = 1.0
         if "prefill" in terms:
             terms["prefill"]["old_prefill"] = 1.0
-    name = f"{entry['quant']} {entry['build']}" + (f" at {depth}" if depth else "")
-    return Row(name, facts["machine"], entry["judged"] == "yes", where, terms, measured)
+    busy = [name for name, work in load.work.items() if work.layers and kinds.get(name) == "gpu"]
+    return Row(
+        name=f"{entry['quant']} {entry['build']}" + (f" at {depth}" if depth else ""),
+        machine=facts["machine"],
+        engine=f"{entry['machine']} {'before' if entry['date'] < MARCH else 'from'} March 2026",
+        model=f"{entry['model']} {entry['quant']}",
+        size_gib=float(entry["size_gib"]),
+        several_gpus=len(busy) > 1,
+        judged=entry["judged"] == "yes",
+        where=where,
+        terms=terms,
+        measured=measured,
+    )
 
 
 def _total_ns(terms: Mapping[str, float], constants: Mapping[str, float]) -> tuple[float, float]:
@@ -197,7 +215,7 @@ def _total_ns(terms: Mapping[str, float], constants: Mapping[str, float]) -> tup
     return total, math.prod(constants[name] for name in terms if name.startswith("old"))
 
 
-def _error(row: Row, of: str, constants: Mapping[str, float]) -> float:
+def error_of(row: Row, of: str, constants: Mapping[str, float]) -> float:
     """Logarithm of measured over forecast speed."""
     total, age = _total_ns(row.terms[of], constants)
     return math.log(row.measured[of] * total * age / 1e9)
@@ -216,7 +234,7 @@ def fit(rows: Sequence[Row], of: str, known: Mapping[str, float]) -> dict[str, f
         constants = dict(known) | dict(zip(names, np.exp(theta), strict=True))
         residuals, slopes = [], []
         for row in rows:
-            error, total = _error(row, of, constants), _total_ns(row.terms[of], constants)[0]
+            error, total = error_of(row, of, constants), _total_ns(row.terms[of], constants)[0]
             slope: list[float] = [
                 row.terms[of].get(name, 0.0) * (1.0 if name.startswith("old") else constants[name] / total)
                 for name in names
@@ -248,7 +266,7 @@ def fit_all(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _errors(rows: Sequence[Row], of: str, constants: Mapping[str, float]) -> list[tuple[Row, float]]:
-    return [(row, _error(row, of, constants)) for row in rows if of in row.terms]
+    return [(row, error_of(row, of, constants)) for row in rows if of in row.terms]
 
 
 def unseen_errors(rows: Sequence[Row], of: str) -> list[tuple[Row, float]]:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qnext.plan.speed_history import Spread
+
 ATTENTION_NODES = 60
 """Graph nodes that decoding starts for a layer of attention and experts: norms, projections, routing."""
 RECURRENT_NODES = 119
@@ -68,6 +70,12 @@ PREFILL_RANGE: Mapping[str, tuple[float, float]] = {
     "cpu": (0.520, 1.922),
 }
 # fitted: end
+
+# fitted history: begin
+DECODE_SPREAD = Spread(machine=0.335, model=0.136, test=0.063)
+PREFILL_SPREAD = Spread(machine=0.497, model=0.179, test=0.107)
+# fitted history: end
+"""How alike the errors of one machine are, by `scripts/fit_history.py` from the same measurements."""
 
 
 def kernel_family(type_name: str) -> str:
