@@ -10,31 +10,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, BinaryIO, Self, cast
 
 from qnext.engine.child import child_environment, silence_limit
+from qnext.engine.child_log import ChildLog
 from qnext.engine.crash import EngineCrashError, explain_exit, interesting_tail
-from qnext.engine.log_reader import SIZE_LINE, BufferSize, read_buffer_sizes
-from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
+from qnext.engine.log_reader import BufferSize, read_buffer_sizes
+from qnext.engine.protocol import Message, frame, read_message, write_frame
 from qnext.errors import EngineError
 from qnext.plan.values import Placement
 
 logger = logging.getLogger(__name__)
 
-LOG_LINES_KEPT = 2000
-LOG_LINE_BYTES = 4096
-"""Longer lines are cut in pieces, so that a child that floods its log cannot fill our memory."""
 SILENT_TOKENS = 600
 """What a benchmark may decode within the limit on silence: one token a second by default."""
+LOG_GRACE_S = 30.0
+"""How long the log may come behind an answer."""
 CANCEL_GRACE_S = 0.7
 """How long a cancelled operation may take to come back before the child is ended: Ctrl-C acts within 1 s."""
 
@@ -56,14 +54,9 @@ class EngineSession:
         self, *, environment: dict[str, str] | None = None, silence_limit_s: float | None = None
     ) -> None:
         self._silence_limit_s = silence_limit() if silence_limit_s is None else silence_limit_s
-        self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
-        self._size_lines: list[str] = []
-        self._log_changed = threading.Condition()
-        self._log_ended = False
-        self._mark_seen = 0
+        self._log = ChildLog()
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._amx_in_use = False
         self._batch = 0
         self._busy = False
         self._ended_because: str | None = None
@@ -102,14 +95,12 @@ class EngineSession:
     @property
     def log(self) -> tuple[str, ...]:
         """The last lines of the engine's log, up to the latest answer at least."""
-        with self._log_changed:
-            return tuple(self._log)
+        return self._log.lines
 
     @property
     def size_lines(self) -> tuple[str, ...]:
-        """Every log line since the model was opened that states a buffer's size, however long the log."""
-        with self._log_changed:
-            return tuple(self._size_lines)
+        """Log lines that state sizes: of the model's weights, and of the context made last."""
+        return self._log.size_lines
 
     @property
     def alive(self) -> bool:
@@ -128,17 +119,37 @@ class EngineSession:
         context: int | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> Message:
-        """Load `model` as placed. `on_progress` gets the share loaded, 0 to 1. Returns the active sizes."""
-        self._forget_log()
+        """Load `model` as placed. `on_progress` gets the share loaded, 0 to 1.
+
+        Returns what is active: context, context_per_sequence, batch, ubatch (tokens), threads, threads_batch,
+        flash_attention (`on`, `off`, None where the log does not say); facts of the model and the build:
+        vocabulary (tokens), bos, eos, model_desc, system_info; and load_ns.
+        """
+        self._log.forget()
         request: Message = {
             "op": "open",
             "model": model,
             "placement": asdict(placement),
             "context": context,
         }
-        facts = self._request("loading the model", request, on_progress=on_progress)
+        return self._active(self._request("loading the model", request, on_progress=on_progress))
+
+    def renew(self, placement: Placement, *, context: int | None = None) -> Message:
+        """A new context on the open model, made from the context part of `placement`; returns as `open` does.
+
+        The model part (`qnext.engine.llama.params.model_part`) must be that of the open model, or this is
+        refused and nothing changes. `context` replaces the total of tokens. The old context is freed first,
+        since both may not fit; when llama.cpp cannot make the new one, that is an EngineCrashError of kind
+        `refused`, the model stays open, and another `renew` may follow. What the first use of a context costs
+        is not paid here: call `warm_up` before timing. `size_lines` tell what is allocated now.
+        """
+        self._log.forget_context()
+        request: Message = {"op": "renew", "placement": asdict(placement), "context": context}
+        return self._active(self._request("making a context", request))
+
+    def _active(self, facts: Message) -> Message:
         self._batch = int(str(facts["batch"]))
-        return facts
+        return {**facts, "flash_attention": self._log.flash_attention}
 
     def warm_up(self) -> None:
         """Decode a few tokens and forget them, so that a layout that crashes does so now."""
@@ -146,7 +157,7 @@ class EngineSession:
 
     def dry_run(self, model: str, placement: Placement) -> list[BufferSize]:
         """Simulate the allocation without reading weights; returns what a load would allocate (weights 0)."""
-        self._forget_log()
+        self._log.forget()
         request: Message = {"op": "dry_run", "model": model, "placement": asdict(placement)}
         compute = self._request("planning memory", request)["compute"]
         sizes = read_buffer_sizes(self.size_lines)
@@ -182,9 +193,58 @@ class EngineSession:
             "repetitions": repetitions,
             **options,
         }
-        # A batch is decoded in one call that cannot speak meanwhile: the limit counts for so many tokens.
-        longer = max(1.0, self._batch / SILENT_TOKENS)
-        yield from self._run("benchmarking", request, silence_limit_s=self._silence_limit_s * longer)
+        yield from self._run("benchmarking", request, silence_limit_s=self._batch_silence_limit_s)
+
+    def turn(
+        self,
+        *,
+        depth_tokens: list[int],
+        prompt_tokens: list[int],
+        generate: int,
+        limit_s: float | None = None,
+        depth_limit_s: float | None = None,
+        sampling: dict[str, float] | None = None,
+    ) -> Message:
+        """One timed turn on the present context, which is empty before and after it.
+
+        `depth_tokens` come first and are not timed as part of the turn: they are evaluated once, and their
+        state is kept in the child's memory and put back for later turns with the same depth, across `renew`
+        and across `open` of the same file (the latest two, for contexts alike in cache types, flash
+        attention, sequences and sliding windows). Then `prompt_tokens` (at least one) are evaluated in
+        batches, then `generate` tokens one by one, each what the model says next (greedy, or as `sampling`
+        with its `seed` has it), with no regard to end-of-generation tokens.
+
+        Returns
+        - depth_ns: time to evaluate the depth, None when there is none or its state was put back;
+        - prefill_ns: from the first prompt token until the last is computed; `prompt`: tokens evaluated;
+        - token_ns: one time per decode step: sampling a token, evaluating it, waiting until it is computed;
+        - tokens: the ids of those tokens, of which the first comes out of the prefill;
+        - rss_bytes: the child's memory in RAM at the end, kept states and mapped files included;
+        - major_faults: of the child from prefill to end (pages waited for on disk), None where not told;
+        - stopped: whether `limit_s` ran out (prefill and decode together) or `depth_limit_s` (the depth).
+
+        Prefill and decode are llama-bench's pp and tg, up to these: the prompt is given, each step samples,
+        and the threads are those of `generate`, where llama-bench has a pool of its own. When stopped,
+        `prompt` counts the tokens of whole batches evaluated within prefill_ns (None when the depth was not
+        finished), and token_ns holds the steps that were finished. The CPU stops within a moment, a device
+        after its batch. Ctrl-C cancels as in `bench`. A turn that does not fit into the context is refused
+        (EngineCrashError of kind `refused`).
+        """
+        request: Message = {
+            "op": "turn",
+            "depth_tokens": depth_tokens,
+            "prompt_tokens": prompt_tokens,
+            "generate": generate,
+            "limit_s": limit_s,
+            "depth_limit_s": depth_limit_s,
+            "sampling": sampling,
+        }
+        return self._request("timing a turn", request, silence_limit_s=self._batch_silence_limit_s)
+
+    @property
+    def _batch_silence_limit_s(self) -> float:
+        """A batch is decoded in one call that cannot speak meanwhile: the limit counts for so many tokens."""
+        return self._silence_limit_s * max(1.0, self._batch / SILENT_TOKENS)
 
     def time_copies(self, device: str, *, limit_s: float, **options: Any) -> Message:
         """Time copies between host and `device` (`engine.llama.link`); the child is ended after `limit_s`."""
@@ -215,9 +275,14 @@ class EngineSession:
     # --- messages -------------------------------------------------------------------------------------
 
     def _request(
-        self, doing: str, request: Message, *, on_progress: Callable[[float], None] | None = None
+        self,
+        doing: str,
+        request: Message,
+        *,
+        on_progress: Callable[[float], None] | None = None,
+        silence_limit_s: float | None = None,
     ) -> Message:
-        for message in self._run(doing, request):
+        for message in self._run(doing, request, silence_limit_s=silence_limit_s):
             if message["event"] == "done":
                 return message
             if message["event"] == "progress" and on_progress is not None:
@@ -265,7 +330,7 @@ class EngineSession:
                 if message is _ENDED:
                     return
                 if isinstance(message, dict) and message["event"] in _FINAL:
-                    self._wait_for_log(message, CANCEL_GRACE_S)
+                    self._log.wait_for(_mark(message), CANCEL_GRACE_S)
                     obeyed = True
         finally:
             if not obeyed:
@@ -284,7 +349,7 @@ class EngineSession:
             raise self._death(doing)
         if only is not None and message["event"] != only:
             raise EngineError(f"the engine answered '{message['event']}' while {doing}")
-        self._wait_for_log(message)
+        self._log.wait_for(_mark(message), LOG_GRACE_S)
         return message
 
     def _next_message(self, timeout_s: float) -> object:
@@ -315,7 +380,7 @@ class EngineSession:
                 kind="ended",
                 log_tail=interesting_tail(self.log),
             )
-        return explain_exit(returncode, self.log, doing=doing, amx_in_use=self._amx_in_use)
+        return explain_exit(returncode, self.log, doing=doing, amx_in_use=self._log.amx_in_use)
 
     def _refusal(self, message: Message) -> EngineCrashError:
         """The error for a request that llama.cpp answered with no, without dying."""
@@ -348,36 +413,7 @@ class EngineSession:
             self._inbox.put(_ENDED)
 
     def _read_log(self) -> None:
-        stream = cast(BinaryIO, self._process.stderr)
-        while raw := stream.readline(LOG_LINE_BYTES):
-            # A mark stands alone on its line unless native code left a line unfinished before it.
-            text, mark, number = raw.decode(errors="replace").rstrip("\r\n").partition(LOG_MARK)
-            with self._log_changed:
-                if SIZE_LINE in text and len(self._size_lines) < LOG_LINES_KEPT:
-                    self._size_lines.append(text)
-                if not text.startswith(_NOISE) and (text or not mark):
-                    self._log.append(text)
-                if mark and number.isdigit():
-                    self._mark_seen = int(number)
-                    self._log_changed.notify_all()
-            if _AMX_BUFFER.search(text):
-                self._amx_in_use = True
-            logger.debug("engine: %s", text)
-        with self._log_changed:
-            self._log_ended = True
-            self._log_changed.notify_all()
-
-    def _wait_for_log(self, message: Message, timeout_s: float = 30.0) -> None:
-        """Wait until everything logged before `message` is here; past the time, what is here has to do."""
-        mark = cast(int, message.get("mark", 0))
-        with self._log_changed:
-            self._log_changed.wait_for(lambda: self._mark_seen >= mark or self._log_ended, timeout=timeout_s)
-
-    def _forget_log(self) -> None:
-        with self._log_changed:
-            self._log.clear()
-            self._size_lines.clear()
-        self._amx_in_use = False
+        self._log.read(cast(BinaryIO, self._process.stderr))
 
     def _finish_threads(self) -> None:
         self._outbox.put(None)
@@ -388,16 +424,16 @@ class EngineSession:
                 stream.close()
 
 
-_NOISE = ("llama_graph_n_input_tensors:", "create_tensor: loading tensor")
-"""Debug lines by the thousand that would push out of the ring what is read from it."""
+def _mark(message: Message) -> int:
+    return cast(int, message.get("mark", 0))
 
-_AMX_BUFFER = re.compile(r"\bAMX model buffer size")
 
 _HINTS = {
     "missing": "Install the engine: ./scripts/qnext sets it up, or pip install 'qnext[engine]'.",
     "load": "The engine's last log lines above say why; `qnext plan` checks the file and the memory.",
     "device": "Check -ot, --rpc and --device-memory against what this engine has.",
     "context": "Not enough memory for it: try a smaller --ctx-size or --ubatch, or -ctk q8_0 -ctv q8_0.",
+    "model_part": "Open the model again with it: only a context's settings can change without a load.",
     "empty": "Give a prompt of at least one character.",
     "context_full": "Start afresh with /reset, or give more room with --ctx-size.",
 }

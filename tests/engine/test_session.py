@@ -207,7 +207,7 @@ runtime = Runtime(lambda *event, **fields: None)
 facts = runtime.open(model, placement)
 def last_logits(text):
     counts = runtime.generate(text, max_tokens=1, sampling={})
-    values = binding.llama().llama_get_logits_ith(runtime._context, -1)
+    values = binding.llama().llama_get_logits_ith(runtime._context.handle, -1)
     return counts["cached_tokens"], values[: facts["vocabulary"]]
 afresh = last_logits(text)
 runtime.generate(text, max_tokens=30, sampling={}, ignore_eos=True)

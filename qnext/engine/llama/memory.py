@@ -10,6 +10,7 @@ copies are kept: for an answer that is given again, and for a question that is t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from qnext.engine.llama.binding import llama
@@ -46,6 +47,30 @@ class ContextMemory:
         llama().llama_memory_clear(self._memory, False)
         self.tokens = []
         self._copies = []
+
+    @property
+    def evaluated(self) -> int:
+        """Tokens that were evaluated to their end."""
+        return len(self.tokens) - self.tokens.count(_UNKNOWN)
+
+    def copy_all(self) -> Any:
+        """A copy of everything that is held, in host memory; None if llama.cpp cannot make one."""
+        lib = llama()
+        size = lib.llama_state_seq_get_size(self._context, _SEQUENCE)
+        copy = ctypes.create_string_buffer(size)
+        return copy if lib.llama_state_seq_get_data(self._context, _pointer(copy), size, _SEQUENCE) else None
+
+    def put_back(self, copy: Any, tokens: Sequence[int]) -> bool:
+        """Hold again what was copied when `tokens` were held; False, and nothing is held, if it does not fit.
+
+        The logits are not part of it: nothing can be sampled before another decode.
+        """
+        self.clear()
+        if not llama().llama_state_seq_set_data(self._context, _pointer(copy), len(copy), _SEQUENCE):
+            self.clear()
+            return False
+        self.tokens = list(tokens)
+        return True
 
     def mark_torn(self) -> None:
         """After a decode that did not finish: what comes after `tokens` is in an unknown state."""

@@ -1,4 +1,4 @@
-"""What the engine child can do: open a model, tokenise, generate, bench, dry-run, describe itself.
+"""What the engine child can do: open a model, renew its context, tokenise, generate, time, dry-run, describe.
 
 Every operation takes and returns plain JSON values. Nothing in here decides placement or prints.
 """
@@ -7,67 +7,55 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from qnext.engine.llama import binding
+from qnext.engine.llama import binding, timing
 from qnext.engine.llama.binding import EngineFailure
+from qnext.engine.llama.context import Context
 from qnext.engine.llama.link import time_copies
-from qnext.engine.llama.memory import ContextMemory
-from qnext.engine.llama.params import ModelParams, context_params, placement_from_message
+from qnext.engine.llama.params import ModelParams, model_part, placement_from_message
 from qnext.engine.llama.reserve import reserved_compute
 from qnext.engine.llama.sampling import sampler_chain
+from qnext.engine.llama.signals import Cancelled, Signals, Stream
 from qnext.engine.llama.text import TextStream
 from qnext.engine.llama.vocabulary import Vocabulary
 from qnext.engine.protocol import Message
 from qnext.plan.values import Placement
 
-SIGN_OF_LIFE_S = 5.0
-"""A long operation that has nothing to say says so about this often, or the parent would take it for hung.
-
-One llama_decode cannot be interrupted for it; the parent waits longer for large batches."""
-
 WARM_UP_TOKENS = 32
-
-Stream = Callable[..., None]
-
-
-class Cancelled(Exception):
-    """The parent asked for the running operation to stop."""
 
 
 class Runtime:
     """One model and one context at a time, and the operations on them."""
 
     def __init__(self, stream: Stream) -> None:
-        self.cancel_requested = threading.Event()
-        self._stream = stream
-        self._abort_flag = ctypes.create_string_buffer(2)
+        self.signals = Signals(stream)
         self._model: Any = None
+        self._path: str | None = None
         self._vocabulary: Vocabulary | None = None
-        self._context: Any = None
+        self._context: Context | None = None
         self._placement: Placement | None = None
         self._context_size: int | None = None
-        self._memory: ContextMemory | None = None
-        self._last_sign = 0.0
+        self._depths = timing.DepthStates()
         self._backend_ready = False
         self._keep_alive: list[object] = []
 
     def handle(self, request: Message) -> dict[str, Any]:
         """Run one request; its `op` names the method. Raises Cancelled or EngineFailure."""
-        self._last_sign = time.monotonic()
+        self.signals.begin()
         operations: dict[str, Callable[..., dict[str, Any]]] = {
             "describe": self.describe,
             "open": self.open,
+            "renew": self.renew,
             "warm_up": self.warm_up,
             "dry_run": self.dry_run,
             "tokenize": self.tokenize,
             "generate": self.generate,
             "bench": self.bench,
+            "turn": self.turn,
             "time_copies": self.time_copies,
             "close": self.close,
         }
@@ -108,18 +96,37 @@ class Runtime:
         """Load `model` and make a context. Streams `progress` events with a share from 0 to 1."""
         started = time.perf_counter_ns()
         self._load(model, placement_from_message(placement), no_alloc=False)
-        self._context_size = context
-        self._make_context(context)
-        lib, vocabulary = binding.llama(), self._open_vocabulary()
+        assert self._placement is not None
+        self._make_context(self._placement, context)
+        return {"load_ns": time.perf_counter_ns() - started, **self._facts()}
+
+    def renew(self, placement: dict[str, Any], context: int | None = None) -> dict[str, Any]:
+        """Make a new context on the open model, from the context part of `placement`.
+
+        The old context goes first, since both may not fit. If the new one cannot be made, the model stays
+        open; what needs a context gets one as it was before.
+        """
+        self._open_vocabulary()
+        wanted, loaded = placement_from_message(placement), self._placement
+        assert loaded is not None
+        have, want = model_part(loaded), model_part(wanted)
+        if differing := sorted(name for name in have if have[name] != want[name]):
+            raise EngineFailure("model_part", f"the model is loaded with another {', '.join(differing)}")
+        self._make_context(wanted, context)
+        return self._facts()
+
+    def _facts(self) -> dict[str, Any]:
+        """What is open, and which sizes are active."""
+        lib, vocabulary, context = binding.llama(), self._open_vocabulary(), self._ready_context()
+        text = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self._model, text, len(text))
         return {
-            "load_ns": time.perf_counter_ns() - started,
-            "context": lib.llama_n_ctx(self._context),
-            "context_per_sequence": lib.llama_n_ctx_seq(self._context),
-            "batch": lib.llama_n_batch(self._context),
-            "ubatch": lib.llama_n_ubatch(self._context),
+            **context.active(),
             "vocabulary": vocabulary.size,
             "bos": vocabulary.text(vocabulary.bos),
             "eos": vocabulary.text(vocabulary.eos),
+            "model_desc": text.value.decode(errors="replace"),
+            "system_info": lib.llama_print_system_info().decode(),
         }
 
     def warm_up(self) -> dict[str, Any]:
@@ -127,14 +134,13 @@ class Runtime:
 
         The tokens are all the same, so that they need few experts, and enough for the matrix kernels.
         """
-        lib, memory = binding.llama(), self._ready_memory()
-        assert self._placement is not None
-        count = min(WARM_UP_TOKENS, self._placement.batch, lib.llama_n_ctx_seq(self._context) - 1)
+        context = self._ready_context()
+        count = min(WARM_UP_TOKENS, context.placement.batch, context.limit - 1)
         token = max(0, self._open_vocabulary().bos)
-        self._decode([token] * count)
-        self._decode([token])
-        lib.llama_synchronize(self._context)
-        memory.clear()
+        context.decode([token] * count)
+        context.decode([token])
+        context.synchronize()
+        context.memory.clear()
         return {}
 
     def dry_run(self, model: str, placement: dict[str, Any]) -> dict[str, Any]:
@@ -144,23 +150,24 @@ class Runtime:
         None where only the log tells.
         """
         self._load(model, placement_from_message(placement), no_alloc=True)
-        self._make_context(None)
         assert self._placement is not None
-        compute = reserved_compute(self._context, self._placement.outputs_max)
+        context = self._make_context(self._placement, None)
+        compute = reserved_compute(context.handle, self._placement.outputs_max)
         self.close()
         return {"compute": compute}
 
     def close(self) -> dict[str, Any]:
         """Free context and model."""
-        lib = binding.llama()
         self._free_context()
         if self._model is not None:
-            lib.llama_model_free(self._model)
+            binding.llama().llama_model_free(self._model)
         self._model = self._vocabulary = None
         return {}
 
     def _load(self, model: str, placement: Placement, *, no_alloc: bool) -> None:
         self.close()
+        if model != self._path:
+            self._depths.clear()
         lib = self._start_backend(placement.rpc_servers)
         parameters = ModelParams(placement, no_alloc=no_alloc)
         report = lib.llama_progress_callback(self._report_progress)
@@ -169,34 +176,27 @@ class Runtime:
         self._model = lib.llama_model_load_from_file(os.fsencode(model), parameters.struct)
         if not self._model:
             self._model = None
-            if self.cancel_requested.is_set():
+            if self.signals.cancel_requested.is_set():
                 raise Cancelled
             raise EngineFailure("load", "llama.cpp could not load the model")
         self._vocabulary = Vocabulary(self._model)
-        self._placement = placement
+        self._path, self._placement, self._context_size = model, placement, None
 
     def _report_progress(self, share: float, _user_data: object) -> bool:
-        self._stream("progress", share=share)
-        return not self.cancel_requested.is_set()
+        self.signals.stream("progress", share=share)
+        return not self.signals.cancel_requested.is_set()
 
     def _free_context(self) -> None:
         if self._context is not None:
-            binding.llama().llama_free(self._context)
-        self._context = self._memory = None
+            self._context.free()
+        self._context = None
 
-    def _make_context(self, context: int | None) -> None:
-        lib = binding.llama()
-        assert self._placement is not None
+    def _make_context(self, placement: Placement, size: int | None) -> Context:
+        """Replace the context; only one that could be made is what later requests get again."""
         self._free_context()
-        parameters = context_params(self._placement, context=context)
-        self._context = lib.llama_init_from_model(self._model, parameters) or None
-        if self._context is None:
-            raise EngineFailure("context", "llama.cpp could not allocate the context")
-        self._memory = ContextMemory(self._model, self._context, swa_full=self._placement.swa_full)
-        # libc's strlen over a one-byte flag is the abort callback: llama.cpp asks once per graph node, and
-        # strlen answers "is the flag set?" without entering Python and waiting for its lock.
-        strlen = ctypes.cast(_libc().strlen, lib.ggml_abort_callback)
-        lib.llama_set_abort_callback(self._context, strlen, ctypes.cast(self._abort_flag, ctypes.c_void_p))
+        self._context = Context(self._model, placement, self.signals, size=size)
+        self._placement, self._context_size = placement, size
+        return self._context
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> dict[str, Any]:
         """Token ids of `text`; with `special`, control tokens written out in it count as such."""
@@ -217,9 +217,9 @@ class Runtime:
         token comes out of the prefill. `stop_reason` is eos, length, context or stop.
         """
         lib = binding.llama()
-        vocabulary, memory = self._open_vocabulary(), self._ready_memory()
+        vocabulary, context = self._open_vocabulary(), self._ready_context()
         tokens = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos_to(text))
-        limit = lib.llama_n_ctx_seq(self._context)
+        limit = context.limit
         if not tokens:
             raise EngineFailure("empty", "the prompt is empty")
         if len(tokens) > limit:
@@ -227,8 +227,8 @@ class Runtime:
                 "context_full", f"the conversation is {len(tokens)} tokens long, the context {limit}"
             )
         started = time.perf_counter_ns()
-        cached = memory.keep_common(tokens)
-        self._prefill(tokens, cached)
+        cached = context.memory.keep_common(tokens)
+        self._prefill(context, tokens, cached)
         prefill_ns = time.perf_counter_ns() - started
         chain = sampler_chain(sampling)
         shown = TextStream(stop or ())
@@ -237,32 +237,32 @@ class Runtime:
         started = last = time.perf_counter_ns()
         try:
             while generated < room:
-                token = lib.llama_sampler_sample(chain, self._context, -1)
+                token = lib.llama_sampler_sample(chain, context.handle, -1)
                 generated += 1
                 if vocabulary.ends_generation(token) and not ignore_eos:
                     reason = "eos"
                     break
-                self._stream("token", text=shown.feed(vocabulary.piece(token)), id=token)
+                self.signals.stream("token", text=shown.feed(vocabulary.piece(token)), id=token)
                 if shown.stopped:
                     reason = "stop"
                     break
                 if generated == room:
                     reason = "length" if room == max_tokens else "context"
                     break
-                self._decode([token])
-                lib.llama_synchronize(self._context)
+                context.decode([token])
+                context.synchronize()
                 last = time.perf_counter_ns()
         finally:
             lib.llama_sampler_free(chain)
         if not shown.stopped and (rest := shown.feed(b"", final=True)):
-            self._stream("token", text=rest, id=None)
+            self.signals.stream("token", text=rest, id=None)
         return {
             "prompt_tokens": len(tokens),
             "cached_tokens": cached,
             "generated": generated,
             "prefill_ns": prefill_ns,
             "decode_ns": last - started,
-            "decodes": len(memory.tokens) - len(tokens),
+            "decodes": len(context.memory.tokens) - len(tokens),
             "stop_reason": reason,
         }
 
@@ -272,131 +272,44 @@ class Runtime:
             raise EngineFailure("not_open", "no model is open")
         return self._vocabulary
 
-    def _ready_memory(self) -> ContextMemory:
-        """The context's memory; a benchmark before this has freed the context, so make it again."""
+    def _ready_context(self) -> Context:
+        """The context; after a benchmark has used one of its own, or a new one failed, as it was before."""
         self._open_vocabulary()
-        if self._memory is None:
-            self._make_context(self._context_size)
-        assert self._memory is not None
-        return self._memory
+        if self._context is None:
+            assert self._placement is not None
+            return self._make_context(self._placement, self._context_size)
+        return self._context
 
-    def _prefill(self, tokens: list[int], start: int) -> None:
+    def _prefill(self, context: Context, tokens: list[int], start: int) -> None:
         """Evaluate `tokens` from `start` on, a ubatch at a time so that its progress can be told."""
-        assert self._placement is not None and self._memory is not None
-        pause = self._memory.checkpoint_position(len(tokens))
-        step = min(self._placement.ubatch, self._placement.batch)
+        pause = context.memory.checkpoint_position(len(tokens))
+        step = min(context.placement.ubatch, context.placement.batch)
         position = start
         while position < len(tokens):
             end = min(position + step, len(tokens))
             if pause is not None and position < pause < end:
                 end = pause
-            self._decode(tokens[position:end])
-            binding.llama().llama_synchronize(self._context)
+            context.decode(tokens[position:end])
+            context.synchronize()
             if end == pause:
-                self._memory.save()
+                context.memory.save()
             position = end
-            self._stream("prefill", done=position - start, total=len(tokens) - start)
+            self.signals.stream("prefill", done=position - start, total=len(tokens) - start)
 
-    def _decode(self, tokens: list[int]) -> None:
-        lib = binding.llama()
-        assert self._memory is not None
-        if self.cancel_requested.is_set():
-            raise Cancelled
-        array = (lib.llama_token * len(tokens))(*tokens)
-        status = lib.llama_decode(self._context, lib.llama_batch_get_one(array, len(tokens)))
-        if status == 0:
-            self._memory.tokens.extend(tokens)
-        else:
-            self._memory.mark_torn()
-        if status == _ABORTED or self.cancel_requested.is_set():
-            raise Cancelled
-        if status == _NO_ROOM:
-            raise EngineFailure("context_full", "no room left in the context")
-        if status != 0:
-            raise EngineFailure("decode", f"llama_decode failed with status {status}")
-        if time.monotonic() - self._last_sign > SIGN_OF_LIFE_S:
-            self._last_sign = time.monotonic()
-            self._stream("alive")
-
-    def abort(self) -> None:
-        """Make a running decode return at the next graph node (called from the reading thread)."""
-        self._abort_flag[0] = b"\1"
-        self.cancel_requested.set()
-
-    def arm(self) -> None:
-        """Forget an earlier abort: a new request has come."""
-        self.cancel_requested.clear()
-        self._abort_flag[0] = b"\0"
-
-    def bench(
-        self, prompt: int, generate: int, depth: int, repetitions: int, warmup: bool = True, seed: int = 1
-    ) -> dict[str, Any]:
-        """llama-bench's test: a fresh context, one uncounted warm-up, then `repetitions` timed runs.
-
-        Prompt tokens are random and go in `batch`-sized pieces; generation feeds one random token at a time
-        and synchronises after each. `depth` tokens are evaluated first, their state kept and restored for
-        the later runs. Streams a `sample` event (ns) as each run ends.
-        """
+    def bench(self, prompt: int, generate: int, depth: int, **options: Any) -> dict[str, Any]:
+        """llama-bench's test on a context of its own; see `qnext.engine.llama.timing.bench`."""
         vocabulary = self._open_vocabulary().size
         assert self._placement is not None
-        lib = binding.llama()
-        self._make_context(prompt + generate + depth)
-        placement = self._placement
-        pool = binding.new_threadpool(placement.threads)
-        binding.ggml("llama_attach_threadpool")(self._context, pool, None)
-        tokens = _random_tokens(vocabulary, random.Random(seed))
-        memory = self._ready_memory()
-        saved: Any = None
-        samples: list[int] = []
+        self._free_context()
+        placement, size = self._placement, prompt + generate + depth
+        context = Context(self._model, placement, self.signals, size=size)
         try:
-            if warmup:
-                self._bench_prompt(tokens, prompt)
-                self._bench_generate(tokens, min(generate, 1))
-            for _ in range(repetitions):
-                memory.clear()
-                if depth and saved is None:
-                    self._bench_prompt(tokens, depth)
-                    saved = ctypes.create_string_buffer(lib.llama_state_seq_get_size(self._context, 0))
-                    lib.llama_state_seq_get_data(self._context, _bytes_pointer(saved), len(saved), 0)
-                elif depth:
-                    lib.llama_state_seq_set_data(self._context, _bytes_pointer(saved), len(saved), 0)
-                started = time.perf_counter_ns()
-                self._bench_prompt(tokens, prompt)
-                self._bench_generate(tokens, generate)
-                samples.append(time.perf_counter_ns() - started)
-                self._stream("sample", ns=samples[-1])
+            return timing.bench(
+                context, self.signals, vocabulary, prompt=prompt, generate=generate, depth=depth, **options
+            )
         finally:
-            self._free_context()
-            binding.free_threadpool(pool)
-        return {"samples_ns": samples}
+            context.free()
 
-    def _bench_prompt(self, tokens: Iterator[int], count: int) -> None:
-        assert self._placement is not None
-        done = 0
-        while done < count:
-            step = min(count - done, self._placement.batch)
-            self._decode([next(tokens) for _ in range(step)])
-            done += step
-        binding.llama().llama_synchronize(self._context)
-
-    def _bench_generate(self, tokens: Iterator[int], count: int) -> None:
-        for _ in range(count):
-            self._decode([next(tokens)])
-            binding.llama().llama_synchronize(self._context)
-
-
-_ABORTED, _NO_ROOM = 2, 1
-"""What llama_decode returns besides 0 and errors below 0."""
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None if os.name == "posix" else "msvcrt")
-
-
-def _random_tokens(vocabulary: int, source: random.Random) -> Iterator[int]:
-    while True:
-        yield source.randrange(vocabulary)
-
-
-def _bytes_pointer(buffer: Any) -> Any:
-    return ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint8))
+    def turn(self, **options: Any) -> dict[str, Any]:
+        """One timed turn on the present context; see `qnext.engine.llama.timing.turn`."""
+        return timing.turn(self._ready_context(), self.signals, self._depths, **options)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from qnext.engine.llama.binding import EngineFailure
-from qnext.engine.llama.runtime import Cancelled, Runtime
+from qnext.engine.llama.runtime import Runtime
+from qnext.engine.llama.signals import Cancelled
 from qnext.engine.protocol import LOG_MARK, Message, frame, read_message, write_frame
 
 
@@ -65,7 +66,8 @@ def main() -> None:
     _forbid_core_files()
     channel = Channel(sys.stdin.buffer, replies)
     runtime = Runtime(channel.stream)
-    threading.Thread(target=channel.read_forever, args=(runtime.abort, runtime.arm), daemon=True).start()
+    cancel = (runtime.signals.abort, runtime.signals.arm)
+    threading.Thread(target=channel.read_forever, args=cancel, daemon=True).start()
     channel.reply("ready", pid=os.getpid())
     while True:
         request = channel.inbox.get()
