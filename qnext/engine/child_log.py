@@ -42,7 +42,7 @@ class ChildLog:
 
     @property
     def size_lines(self) -> tuple[str, ...]:
-        """Every line since `forget` that states a buffer's size."""
+        """Lines since `forget` that state sizes: of the model's weights, and of the context made last."""
         with self._changed:
             return tuple(self._size_lines)
 
@@ -68,6 +68,9 @@ class ChildLog:
             self._changed.notify_all()
 
     def _take(self, text: str, *, bare_mark: bool) -> None:
+        if _NEW_CONTEXT in text:
+            self._size_lines = [line for line in self._size_lines if f" model {SIZE_LINE}" in line]
+            self._flash_attention = None
         if SIZE_LINE in text and len(self._size_lines) < LINES_KEPT:
             self._size_lines.append(text)
         if not text.startswith(_NOISE) and not bare_mark:
@@ -90,17 +93,14 @@ class ChildLog:
             self._flash_attention = None
             self.amx_in_use = False
 
-    def forget_context(self) -> None:
-        """A new context is made on the same model: of the sizes, those of the weights still hold."""
-        with self._changed:
-            self._size_lines = [line for line in self._size_lines if f" model {SIZE_LINE}" in line]
-            self._flash_attention = None
-
 
 _NOISE = ("llama_graph_n_input_tensors:", "create_tensor: loading tensor")
 """Debug lines by the thousand that would push out of the ring what is read from it."""
 
 _AMX_BUFFER = re.compile(r"\bAMX model buffer size")
+
+_NEW_CONTEXT = "constructing llama_context"
+"""The first line of each; the context before it, if there was one, is gone."""
 
 _FLASH_ATTENTION = re.compile(
     r"llama_context: flash_attn\s+= (\w+)|: Flash Attention (enabled|not supported)"

@@ -90,7 +90,8 @@ def _start(
     command: Sequence[str],
 ) -> Record:
     names: dict[str, object] = {"tests": [test.name for test in tests], "repetitions": repetitions}
-    record = new_record(model.planned, model.build, "bench", model.opened.allocated, command, names)
+    opened = model.opened
+    record = new_record(model.planned, model.build, "bench", opened.allocated, command, names, opened.facts)
     leaking = [f"{found.name} is set in the environment" for found in inherited() if found.reaches_engine]
     record = replace(record, warnings=tuple(leaking))
     store.start(record)

@@ -73,7 +73,8 @@ class ChatRun:
     def _begin_record(self) -> Record:
         model = self.model
         command = without_text(self._command, *self._texts)
-        record = new_record(model.planned, model.build, "run", model.opened.allocated, command, {})
+        opened = model.opened
+        record = new_record(model.planned, model.build, "run", opened.allocated, command, {}, opened.facts)
         self._store.start(record)
         self._recorded = model.planned
         return record
