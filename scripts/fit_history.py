@@ -2,14 +2,15 @@
 
     python scripts/fit_history.py [--json] [--write]
 
-Several rows of profiles/speeds/published.csv on one machine and backend, of the same age, stand for what qnext
-measures on the machine it runs on. How far their forecasts are off without any of the machine's rows in the
-fit tells three standard deviations (`qnext.plan.speed_history`): the likeliest ones, given what is believed of
-them. `--write` puts them into qnext/plan/kernels.py. Models under 1 GiB neither teach nor count, as in qnext.
+Several rows of profiles/speeds/published.csv on one machine and backend, of the same age, stand for what
+qnext measures on the machine it runs on. How far their forecasts are off without any of the machine's rows in
+the fit tells three standard deviations (`qnext.plan.speed_history`): the likeliest ones, given what is
+believed of them. `--write` puts them into qnext/plan/kernels.py. Models under 1 GiB neither teach nor count,
+as in qnext.
 
-The gain is shown in pairs: each row forecast with the constants, ranges and deviations that the other machines
-give, once as it is and once with the history of the rows beside it on its machine. `others` leaves out of the
-history all rows of the same model file: what is learnt then has to carry over to another model.
+The gain is shown in pairs: each row forecast with the constants, ranges and deviations that the other
+machines give, once as it is and once with the history of the rows beside it on its machine. `others` leaves
+out of the history all rows of the same model file: what is learnt has to carry over to another model then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import fit_speed as speed
 from qnext.plan.speed_history import SpeedTest, Spread, learn, parts_ns
 
 BELIEFS = {"machine": 0.35, "model": 0.15, "test": 0.06}
-"""Of decode: a third for a machine, 15 % for what differs between files of one family, what two runs lie apart.
+"""Of decode: a third for a machine, 15 % for what differs between files of one family, 6 % between two runs.
 Of prefill as much more as its forecast is ordinarily less sure (`fit_speed.ORDINARY`)."""
 FREELY = 0.5
 """Standard deviation of a belief's logarithm."""
@@ -216,8 +217,8 @@ def main() -> None:
         for label, one in found[of].items():
             before, after = one["plain"], one["with"]
             print(
-                f"  {label}: {one['rows']} rows of {one['machines']} machines, {one['closer']} closer; median "
-                f"error {before['median_error']:.1%} to {after['median_error']:.1%}, inside "
+                f"  {label}: {one['rows']} rows of {one['machines']} machines, {one['closer']} closer; "
+                f"median error {before['median_error']:.1%} to {after['median_error']:.1%}, inside "
                 f"{before['inside']:.0%} to {after['inside']:.0%}, range high/low {before['width']} to "
                 f"{after['width']}"
             )

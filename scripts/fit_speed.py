@@ -41,7 +41,7 @@ from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds
 from qnext.plan.options import PlanOptions
 from qnext.plan.problem import make_problem
-from qnext.plan.speed import active_work, decode_terms, prefill_terms, situation
+from qnext.plan.speed import active_work, decode_terms, prefill_terms, several_gpus, situation
 from qnext.plan.values import HOST, Override, Workload
 from qnext.plan.weights import assign_buffers
 from qnext.units import GIB
@@ -194,14 +194,13 @@ def _row(entry: Mapping[str, str], facts: Mapping[str, Any]) -> Row:
         terms["decode"]["old_cpu" if where == "cpu" else "old"] = 1.0
         if "prefill" in terms:
             terms["prefill"]["old_prefill"] = 1.0
-    busy = [name for name, work in load.work.items() if work.layers and kinds.get(name) == "gpu"]
     return Row(
         name=f"{entry['quant']} {entry['build']}" + (f" at {depth}" if depth else ""),
         machine=facts["machine"],
         engine=f"{entry['machine']} {'before' if entry['date'] < MARCH else 'from'} March 2026",
         model=f"{entry['model']} {entry['quant']}",
         size_gib=float(entry["size_gib"]),
-        several_gpus=len(busy) > 1,
+        several_gpus=several_gpus(load, kinds),
         judged=entry["judged"] == "yes",
         where=where,
         terms=terms,

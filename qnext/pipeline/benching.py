@@ -13,6 +13,7 @@ from qnext.errors import QnextError, UsageError
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.request import Request
 from qnext.pipeline.running import RunningModel
+from qnext.pipeline.speed_memory import remember_speeds
 from qnext.pipeline.surroundings import Notice
 from qnext.plan.values import Workload
 from qnext.store.record import Record, TestResult
@@ -79,7 +80,9 @@ def run_bench(
             store.finish(record.id, "failed", warnings=[*model.warnings, *warnings], error=error.message)
             raise
         store.finish(record.id, "ok", allocated=model.opened.allocated, warnings=[*model.warnings, *warnings])
-    return store.get(record.id)
+        record = store.get(record.id)
+        remember_speeds(record, model.planned, model.build, paths)
+    return record
 
 
 def _start(

@@ -14,6 +14,7 @@ from qnext.pipeline.conversation import Conversation, Piece, Turn
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.request import Request
 from qnext.pipeline.running import RunningModel
+from qnext.pipeline.speed_memory import remember_speeds
 from qnext.pipeline.surroundings import Notice
 from qnext.store.record import Record, Status, TestResult
 from qnext.store.results import ResultStore
@@ -44,6 +45,7 @@ class ChatRun:
         self.max_tokens = max_tokens
         self._texts = (prompt, system)
         self._command = command
+        self._paths = paths
         self._store = ResultStore(paths.results_db)
         self._finished = False
         self.model = RunningModel(request, paths, notice, on_progress)
@@ -108,7 +110,9 @@ class ChatRun:
             warnings=self.model.warnings,
             error=error,
         )
-        return self.record()
+        record = self.record()
+        remember_speeds(record, self.model.planned, self.model.build, self._paths)
+        return record
 
     def _tests(self, turn: Turn) -> Iterator[TestResult]:
         """Prefill and decode of one turn as tests with one sample each."""

@@ -130,8 +130,9 @@ def problem_on(
 ) -> Problem:
     """The problem of placing `model` as `request` wishes on the machine of `surroundings` or another."""
     same = machine is surroundings.machine
-    options = _options(request, surroundings)
-    if not same:
+    options, speeds = _options(request, surroundings), surroundings.speeds
+    if not same:  # the same machine with one part changed: what was learnt of it holds on
+        speeds = replace(machine_speeds(machine), history=speeds.history)
         decode, prefill = thread_counts(machine)
         options = replace(
             options,
@@ -149,7 +150,7 @@ def problem_on(
         vram_headroom=request.vram_headroom,
         device_memory=request.device_memory,
         rpc_servers=request.rpc_servers,
-        speeds=surroundings.speeds if same else machine_speeds(machine),
+        speeds=speeds,
     )
 
 

@@ -20,6 +20,7 @@ from qnext.models.hub_cache import hub_folder
 from qnext.pipeline.engine_devices import add_engine_gpus
 from qnext.pipeline.measurements import recall_measurements, remember_measurements
 from qnext.pipeline.request import Request
+from qnext.pipeline.speed_memory import recall_speeds
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
@@ -73,13 +74,16 @@ def look_around(request: Request, paths: Paths, notice: Notice) -> Surroundings:
         machine, changes = with_changes(machine, request.what_if)
         build = build if len(machine.gpus) == gpus else None
         warnings = (*warnings, f"planned for a changed machine: {'; '.join(changes)}")
+    speeds = machine_speeds(machine)
+    if this_machine and build is not None:
+        speeds = replace(speeds, history=recall_speeds(machine, build, paths, speeds))
     threads, threads_batch = thread_counts(machine)
     return Surroundings(
         machine=machine,
         this_machine=this_machine,
         build=build,
         repack=repack,
-        speeds=machine_speeds(machine),
+        speeds=speeds,
         threads=request.threads or threads,
         threads_batch=request.threads_batch or request.threads or threads_batch,
         warnings=warnings,

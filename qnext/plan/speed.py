@@ -7,7 +7,8 @@ however small they are: for models with few active parameters that is much of a 
 experts are in RAM crosses to the CPU and back (only activations travel), a token crosses once to each
 further device. Prefill is bound by arithmetic, 2 operations per active parameter; a GPU first copies the
 CPU's experts over its link, once per ubatch, and reads the experts that a ubatch chose. The constants and
-how far they can be trusted are in `qnext.plan.kernels`.
+how far they can be trusted are in `qnext.plan.kernels`; `qnext.plan.speed_history` corrects the terms by what
+was measured on the machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.models.shape import ModelShape, is_expert, layer_of
@@ -30,6 +32,14 @@ from qnext.plan.kernels import (
     backend_of_device,
     kernel_family,
 )
+from qnext.plan.speed_history import (
+    NOTHING_LEARNT,
+    SpeedHistory,
+    corrected_terms,
+    forecast_range,
+    model_key,
+    parts_ns,
+)
 from qnext.plan.values import (
     HOST,
     OFFLOAD_MIN_TOKENS,
@@ -37,7 +47,6 @@ from qnext.plan.values import (
     Placement,
     Prediction,
     Reason,
-    SpeedRange,
     Workload,
 )
 from qnext.plan.weights import PlacedTensor
@@ -67,7 +76,7 @@ class MachineSpeeds:
     """What the forecast needs of a machine. Bandwidths in bytes per second; None or absent where not known.
 
     `link_bps` is that of each GPU's link to the host, `cores` are physical. `device_clock` is the share of
-    its usual arithmetic that a GPU is allowed by its power limit.
+    its usual arithmetic that a GPU is allowed by its power limit, `history` what tests here have taught.
     """
 
     ram_bps: int | None
@@ -77,6 +86,7 @@ class MachineSpeeds:
     instruction_set: str
     link_bps: Mapping[str, int] = field(default_factory=dict)
     device_clock: Mapping[str, float] = field(default_factory=dict)
+    history: SpeedHistory = NOTHING_LEARNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +222,22 @@ def predict_speed(
     if copied:
         numbers["copied_bytes_per_ubatch"] = copied
         because += "; for a prompt the CPU's experts are copied to the GPU once per ubatch"
-    reason = Reason("speed forecast", because, numbers)
-    return (
-        Prediction(
-            _range(total_ns(decode), DECODE_RANGE[where]),
-            _range(total_ns(prefill), PREFILL_RANGE[where]),
-            "roofline",
-        ),
-        reason,
+    history, several, model = speeds.history, several_gpus(load, kinds), model_key(shape)
+    decode_tps, decode_words = forecast_range(
+        parts_ns(decode, FITTED, several), DECODE_RANGE[where], history.decode, model
     )
+    prefill_tps, prefill_words = forecast_range(
+        parts_ns(prefill, FITTED, several), PREFILL_RANGE[where], history.prefill, model
+    )
+    for what, words in (("decode", decode_words), ("prefill", prefill_words)):
+        because += f"; {what} {words}" if words else ""
+    source: Literal["history", "roofline"] = "history" if decode_words or prefill_words else "roofline"
+    return Prediction(decode_tps, prefill_tps, source), Reason("speed forecast", because, numbers)
+
+
+def several_gpus(load: Load, kinds: Mapping[str, str]) -> bool:
+    """Whether layers are on more than one GPU."""
+    return sum(work.layers > 0 and kinds.get(name) == "gpu" for name, work in load.work.items()) > 1
 
 
 def situation(load: Load) -> str:
@@ -279,7 +296,7 @@ def decode_terms(
             _add(terms, "rpc", crossing.layers * RPC_CALL_NS)
         else:
             _add(terms, "crossing", crossing.layers)
-    return terms
+    return corrected_terms(terms, speeds.history.decode, several_gpus(load, kinds))
 
 
 def prefill_terms(
@@ -325,7 +342,7 @@ def prefill_terms(
             _add(terms, "cpu_compute", 2 * parameters / cpu)
             _add(terms, "cpu_read_plain", reading)
         _add(terms, _node_term(name, kind), work.nodes / tokens)
-    return terms
+    return corrected_terms(terms, speeds.history.prefill, several_gpus(load, kinds))
 
 
 def _unrounded(placement: Placement) -> float:
@@ -374,8 +391,3 @@ def _bandwidth(device: str, kinds: Mapping[str, str], speeds: MachineSpeeds, thr
     share = min(1.0, 2 * max(1, threads) / max(1, speeds.cores))
     ram = min(ram, max(1, min(threads, speeds.cores)) * CORE_READ_BPS)
     return ram * (OVERSUBSCRIBED_SHARE if threads > speeds.cores else share)
-
-
-def _range(mid_ns: float, factors: tuple[float, float]) -> SpeedRange:
-    mid = 1e9 / max(mid_ns, 1.0)
-    return SpeedRange(round(mid * factors[0], 2), round(mid, 2), round(mid * factors[1], 2))

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qnext.models.shape import ModelShape
+from qnext.plan.values import SpeedRange
 
 _TRAVEL = ("crossing", "gpu_hop", "gpu_copy")
 _EFFECTS = {"gpu": ("gpu",), "gpus": ("gpu", "several gpus"), "cpu": ("cpu",), "travel": ("travel",)}
@@ -45,11 +46,13 @@ class SpeedTest:
     """One measured speed beside the uncorrected forecast.
 
     `parts` are the forecast's nanoseconds per token, by part; `longer` is log(measured / forecast time).
+    `doubt` is how many times further than usual the test may lie off what it stands for.
     """
 
     model: str
     parts: Mapping[str, float]
     longer: float
+    doubt: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Learnt:
             name: sum(weight * self._covariance(name, other) for other, weight in slope.items())
             for name in names
         }
-        variance = sum(weight * shared[name] for name, weight in slope.items()) + self.spread.test**2
+        variance = sum(weight * shared[name] for name, weight in slope.items())
+        variance += (self.spread.test * test.doubt) ** 2
         gain = (test.longer - expected) / variance
         return Learnt(
             self.spread,
@@ -118,24 +122,61 @@ class Learnt:
 
 @dataclass(frozen=True, slots=True)
 class SpeedHistory:
-    """What was learnt on a machine about decode and about prefill."""
+    """What was learnt on a machine about decode and about prefill; None where nothing was measured."""
 
-    decode: Learnt
-    prefill: Learnt
+    decode: Learnt | None = None
+    prefill: Learnt | None = None
+
+
+NOTHING_LEARNT = SpeedHistory()
 
 
 def learn(tests: Sequence[SpeedTest], spread: Spread) -> Learnt:
-    """What `tests` of one machine teach, all of decode or all of prefill."""
+    """What `tests` teach, all of them of one machine and one engine build, of decode or of prefill."""
     learnt = Learnt(spread)
     for test in tests:
         learnt = learnt.with_test(test)
     return learnt
 
 
-def part_of(term: str, several_gpus: bool) -> str:
-    """The part of the time that a forecast's term belongs to: `gpu`, `gpus`, `cpu` or `travel`; `rpc` has none.
+def corrected_terms(
+    terms: Mapping[str, float], learnt: Learnt | None, several_gpus: bool
+) -> dict[str, float]:
+    """A forecast's terms, each as many times longer as its part is on this machine."""
+    if learnt is None:
+        return dict(terms)
+    return {term: ns * learnt.times_longer(part_of(term, several_gpus)) for term, ns in terms.items()}
 
-    What a round trip to another machine takes is not this machine's affair.
+
+def forecast_range(
+    parts: Mapping[str, float], factors: tuple[float, float], learnt: Learnt | None, model: str
+) -> tuple[SpeedRange, str]:
+    """Tokens per second of corrected `parts`, and in words what tests here made of it, "" where nothing.
+
+    `factors` are what the middle is multiplied by at both ends of the range while nothing is learnt.
+    """
+    total, narrowing, words = sum(parts.values()), 1.0, ""
+    if learnt is not None and total > 0:
+        raw = sum(ns / learnt.times_longer(part) for part, ns in parts.items())
+        total *= learnt.model_longer(model)
+        narrowing = learnt.narrowing(parts, model)
+        words = _words(learnt.tests, total / raw - 1) if narrowing < 0.999 else ""
+    mid = 1e9 / max(total, 1.0)
+    low, high = (factor**narrowing for factor in factors)
+    return SpeedRange(round(mid * low, 2), round(mid, 2), round(mid * high, 2)), words
+
+
+def _words(tests: int, too_high: float) -> str:
+    measured = f"{tests} test{'' if tests == 1 else 's'} here"
+    if abs(too_high) < 0.005:
+        return f"as in {measured}"
+    return f"{abs(too_high):.0%} {'lower' if too_high > 0 else 'higher'} than without {measured}"
+
+
+def part_of(term: str, several_gpus: bool) -> str:
+    """The part of the time that a forecast's term belongs to: `gpu`, `gpus`, `cpu` or `travel`.
+
+    `rpc` is by itself: what a round trip to another machine takes is not learnt.
     """
     if term in _TRAVEL:
         return "travel"
