@@ -94,8 +94,9 @@ class ChildLog:
             self.amx_in_use = False
 
 
-_NOISE = ("llama_graph_n_input_tensors:", "create_tensor: loading tensor")
-"""Debug lines by the thousand that would push out of the ring what is read from it."""
+_NOISE = ("llama_graph_n_input_tensors:", "create_tensor: loading tensor", "set_abort_callback: call")
+"""Debug lines by the thousand that would push out of the ring what is read from it, and one that only sounds
+like a failure."""
 
 _AMX_BUFFER = re.compile(r"\bAMX model buffer size")
 

@@ -297,16 +297,17 @@ def test_a_message_larger_than_a_pipe_arrives(opened: EngineSession) -> None:
 # --- the child ------------------------------------------------------------------------------------------
 
 
-def test_llama_arguments_in_the_environment_do_not_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_gets_what_is_set_for_it_but_no_llama_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "77")
+    monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", "48")
     monkeypatch.setenv("QNEXT_SEEN", "yes")
-    with EngineSession(environment={"QNEXT_ADDED": "yes"}) as session:
+    with EngineSession(environment={"GGML_OP_OFFLOAD_MIN_BATCH": "64"}) as session:
         environ = Path(f"/proc/{session.pid}/environ")
         if not environ.exists():
             pytest.skip("/proc is needed to look into another process")
         entries = environ.read_bytes().decode().split("\0")
     assert not [entry for entry in entries if entry.startswith("LLAMA_ARG")]
-    assert {"QNEXT_SEEN=yes", "QNEXT_ADDED=yes"} <= set(entries)
+    assert {"QNEXT_SEEN=yes", "GGML_OP_OFFLOAD_MIN_BATCH=64"} <= set(entries)
 
 
 def test_modules_in_the_current_folder_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
