@@ -137,7 +137,8 @@ class EngineSession(EngineProcess):
         - prefill_ns: from the first prompt token until the last is computed; `prompt`: tokens evaluated;
         - token_ns: one time per decode step: sampling a token, evaluating it, waiting until it is computed;
         - tokens: the ids of those tokens, of which the first comes out of the prefill;
-        - rss_bytes: the child's memory in RAM at the end, kept states and mapped files included;
+        - rss_bytes: the child's memory in RAM at the end, mapped files included, and state_bytes with it;
+        - state_bytes: what the kept states of depths take in the child's memory;
         - major_faults: of the child from prefill to end (pages waited for on disk), None where not told;
         - stopped: whether `limit_s` ran out (prefill and decode together) or `depth_limit_s` (the depth).
 

@@ -16,6 +16,7 @@ from qnext.engine.crash import EngineCrashError
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.engine.log_reader import BufferSize, read_buffer_sizes
 from qnext.engine.protocol import Message
+from qnext.engine.rpc import RpcWorker
 from qnext.engine.session import EngineSession
 from qnext.models.synth import synthesise
 from qnext.plan.values import HOST, Override, Placement
@@ -139,6 +140,7 @@ def test_a_turn_has_one_time_for_each_step(hybrid: EngineSession) -> None:
     assert sum(steps) + prefill + depth < elapsed
     assert (done["prompt"], done["stopped"]) == (40, False)
     assert isinstance(done["rss_bytes"], int) and done["rss_bytes"] > 10_000_000
+    assert isinstance(done["state_bytes"], int) and 100_000 < done["state_bytes"] < done["rss_bytes"]
     assert isinstance(done["major_faults"], int)
 
 
@@ -157,6 +159,21 @@ def test_a_state_put_back_is_the_state_that_was_evaluated(family: str, tiny_mode
     assert [done["depth_ns"] for done in (again, renewed, opened)] == [None] * 3
     assert all(done["tokens"] == first["tokens"] for done in (again, renewed, opened))
     assert elsewhere["depth_ns"] is not None and elsewhere["tokens"] != first["tokens"]
+
+
+def test_a_state_that_lay_on_a_device_is_put_back_there(tiny_models: dict[str, Path]) -> None:
+    with RpcWorker() as worker, EngineSession() as session:
+        session.describe((worker.endpoint,))
+        device = replace(CPU, devices=("RPC0",), rpc_servers=(worker.endpoint,), n_gpu_layers=999)
+        session.open(str(tiny_models["tiny-qwen3next"]), device)
+        first = take_turn(session)
+        session.renew(replace(device, ubatch=512, context=4096))
+        again = take_turn(session)
+        assert sizes(session, "KV")[0].buffer.startswith("RPC0")
+        stopped = session.turn(depth_tokens=[], prompt_tokens=words(2, 40), generate=1900, limit_s=0.2)
+    assert first["depth_ns"] is not None and again["depth_ns"] is None
+    assert again["tokens"] == first["tokens"]
+    assert stopped["stopped"] is True
 
 
 def test_a_cache_of_another_type_takes_the_depth_anew(hybrid: EngineSession) -> None:
@@ -225,19 +242,19 @@ def test_a_turn_without_a_prompt_or_without_room_is_refused(hybrid: EngineSessio
 
 def test_a_turn_stops_at_its_limit_with_what_was_timed(demo_model: Path) -> None:
     with EngineSession() as session:
-        session.open(str(demo_model), replace(CPU, context=32_768, batch=256))
+        session.open(str(demo_model), replace(CPU, context=32_768, batch=64))
         long, short = words(3, 16_000), words(3, 40)
         started = time.monotonic()
         prefill = session.turn(depth_tokens=[], prompt_tokens=long, generate=9, limit_s=0.4)
         decode = session.turn(depth_tokens=[], prompt_tokens=short, generate=30_000, limit_s=0.4)
         depth = session.turn(depth_tokens=long, prompt_tokens=short, generate=9, depth_limit_s=0.4)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 8
         for done in (prefill, decode, depth):
             assert done["stopped"] is True
-        assert int(str(prefill["prompt"])) % 256 == 0 and 0 < int(str(prefill["prompt"])) < 16_000
-        assert 0.3e9 < int(str(prefill["prefill_ns"])) < 1e9 and prefill["token_ns"] == []
+        assert int(str(prefill["prompt"])) % 64 == 0 and 0 < int(str(prefill["prompt"])) < 16_000
+        assert 0.3e9 < int(str(prefill["prefill_ns"])) < 2e9 and prefill["token_ns"] == []
         assert decode["prompt"] == 40 and isinstance(decode["token_ns"], list)
-        assert 0 < len(decode["token_ns"]) < 30_000 and sum(decode["token_ns"]) < 1e9
+        assert 0 < len(decode["token_ns"]) < 30_000 and sum(decode["token_ns"]) < 2e9
         assert (depth["depth_ns"], depth["prefill_ns"], depth["prompt"]) == (None, None, 0)
         after = session.turn(depth_tokens=short, prompt_tokens=short, generate=9, limit_s=60)
         assert after["stopped"] is False and len(after["tokens"]) == 9  # type: ignore[arg-type]

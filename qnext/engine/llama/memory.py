@@ -54,10 +54,13 @@ class ContextMemory:
         return len(self.tokens) - self.tokens.count(_UNKNOWN)
 
     def copy_all(self) -> Any:
-        """A copy of everything that is held, in host memory; None if llama.cpp cannot make one."""
+        """A copy of everything that is held, in host memory; None if there is no room for it."""
         lib = llama()
         size = lib.llama_state_seq_get_size(self._context, _SEQUENCE)
-        copy = ctypes.create_string_buffer(size)
+        try:
+            copy = ctypes.create_string_buffer(size)
+        except MemoryError:
+            return None
         return copy if lib.llama_state_seq_get_data(self._context, _pointer(copy), size, _SEQUENCE) else None
 
     def put_back(self, copy: Any, tokens: Sequence[int]) -> bool:

@@ -38,16 +38,22 @@ class DepthStates:
     def __init__(self) -> None:
         self._copies: OrderedDict[object, Any] = OrderedDict()
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory that they take."""
+        return sum(len(copy) for copy in self._copies.values())
+
     def clear(self) -> None:
         """Forget all of them: another model comes."""
         self._copies.clear()
 
     def keep(self, context: Context) -> None:
-        """Copy what `context` holds now; the oldest copy goes."""
-        key = _state_key(context.placement, context.memory.tokens)
+        """Copy what `context` holds now; the oldest copy goes. Without room for one, nothing is kept."""
         while len(self._copies) >= STATES_KEPT:
             self._copies.popitem(last=False)
-        self._copies[key] = context.memory.copy_all()
+        copy = context.memory.copy_all()
+        if copy is not None:
+            self._copies[_state_key(context.placement, context.memory.tokens)] = copy
 
     def restore(self, context: Context, tokens: Sequence[int]) -> bool:
         """Make `context` hold `tokens`, if there is a copy of them that fits; it is empty otherwise."""
@@ -123,6 +129,7 @@ def turn(
     return {
         **asdict(done),
         "rss_bytes": _resident_bytes(),
+        "state_bytes": depths.nbytes,
         "major_faults": None if faults is None or faults_after is None else faults_after - faults,
     }
 
