@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 Level = float | int | str
 
-SHARES = ((0.3, 0.1), (0.1, 0.04), (0.03, 0.01))
+SHARES = ((0.2, 0.1),)
 """Of the prediction's variance: what two knobs do together, what is an arm's own; the rest is single."""
-SCALES = (1.0, 0.3)
+SCALES = (1.0, 0.4)
 LEAST_ERROR = 0.10
 REACH = 2.0
 """Levels of a number this many places apart share 1/e of their error."""
@@ -40,7 +40,7 @@ DRIFT = 0.20
 NOISE, LEAST_NOISE, NOISE_WORTH = 0.07, 0.003, 4.0
 """Spread of a measurement before there is any; the least believed; how many measurements the first counts."""
 FREEDOM = 4.0
-REFITS = 2
+REFITS = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The values of a race: what can be tried, what to measure next, what came of it, how it ended.
 
 A failure is a fact about its neighbours, too. `excluded_arms` is that rule: what needs at least as much of
-everything as an arm that ran out of memory is not tried; and what killed the engine twice and never ran is
-left alone.
+everything as an arm that ran out of memory is not tried; and what killed the engine again and again and
+never ran is left alone.
 """
 
 from __future__ import annotations
@@ -110,19 +110,21 @@ def excluded_arms(
         for levels in deadly:
             if levels <= _levels(arm):
                 what = " and ".join(f"{knob} {level}" for knob, level in sorted(levels, key=str))
-                out[i] = ("crashed", f"the engine died twice with {what} and never ran with it")
+                out[i] = ("crashed", f"the engine died again and again with {what}, and never ran with it")
     return out
 
 
 def _deadly_levels(
     arms: Sequence[Arm], failed: Mapping[int, Status], ran: set[int]
 ) -> set[frozenset[tuple[str, Level]]]:
-    """Levels, alone or two together, in two arms that ended the engine and in none that ran."""
+    """Two levels together in two arms that ended the engine, or one in three, and in none that ran."""
     dead = [_levels(arms[i]) for i, status in failed.items() if status in DEADLY]
     alive = [_levels(arms[i]) for i in ran]
-    shared = [one & two for one, two in combinations(dead, 2)]
-    causes = {frozenset(some) for both in shared for size in (1, 2) for some in combinations(both, size)}
-    return {cause for cause in causes if not any(cause <= levels for levels in alive)}
+    pairs = {frozenset(two) for one, other in combinations(dead, 2) for two in combinations(one & other, 2)}
+    single = {
+        frozenset({level}) for three in combinations(dead, 3) for level in frozenset.intersection(*three)
+    }
+    return {cause for cause in pairs | single if not any(cause <= levels for levels in alive)}
 
 
 def _levels(arm: Arm) -> frozenset[tuple[str, Level]]:

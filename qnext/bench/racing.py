@@ -8,7 +8,7 @@ placements, and the most promising ones once more on the way down, which cancels
 **duel** then compares the one challenger with the baselines on fresh pairs, since an arm picked as the best
 of many looks better than it is. Only a verdict of "faster" makes it the winner. Rounds of a duel between two
 loaded models go there and back for the same reason as above; each look at the pairs spends its part of the
-chance of error (Bonferroni), so looking often does not find differences that are not there.
+chance to call an equal arm faster (Bonferroni, one-sided), so looking often finds nothing that is not there.
 
 All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
 resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 MAX_LOADS = 10
 GROUPS_TRIED = 5
 DUEL_LOADS = 4
-EXPLORE_SHARE = 0.65
+EXPLORE_SHARE = 0.7
 WAY_UP_SHARE = 0.35
 CHALLENGERS = 4
 WORLDS = 256
 CHANCE_WORTH_A_LOAD = 0.02
-LOSS_NOT_WORTH_TIME = 0.003
+LOSS_NOT_WORTH_TIME = 0.0005
 DUEL_ROUNDS = 4
 FEWEST_PAIRS, MOST_PAIRS = 8, 60
 FULL_PAIRS = 2
@@ -124,13 +124,15 @@ class Race:
         self._history.append((step, outcome))
         self._group = None if outcome.status in DEADLY else step.group
         self.spent_s += outcome.seconds
+        known = len(self._ran), len(self._failed)
         if outcome.turn_ns is not None and outcome.status == "ok":
             self._ran.add(index)
             if rung == "short":
                 self._seen.append(Seen(index, outcome.turn_ns / 1e9, self.spent_s / self.seconds))
         elif outcome.status != "noisy" or self._too_noisy(index):
             self._failed[index] = outcome.status
-        self._excluded = excluded_arms(self.arms, self._failed, self._ran)
+        if known != (len(self._ran), len(self._failed)):
+            self._excluded = excluded_arms(self.arms, self._failed, self._ran)
         try:
             self._wanted = self._script.send(outcome)
         except StopIteration:
@@ -264,7 +266,7 @@ class Race:
             ]
             if not both:
                 return
-            look = 1 - (1 - self.confidence) / rounds
+            look = 1 - 2 * (1 - self.confidence) / rounds
             self._challenger = challenger
             self._verdict = compare_paired(*zip(*both, strict=True), confidence=look)
             if self._verdict.word == "faster":

@@ -14,7 +14,7 @@ from qnext.bench.racing import Race
 from qnext.errors import UsageError
 from tests.race_machine import Finish, Machine, run_race
 
-SEEDS = range(8)
+SEEDS = range(4)
 
 
 @cache
@@ -82,10 +82,9 @@ def test_a_race_keeps_its_time_and_its_loads(seed: int) -> None:
 
 
 def test_of_equal_arms_the_baseline_wins() -> None:
-    for seed in range(3):
-        result = run_race(seed, equal=True).result
-        assert result.winner == result.against
-        assert result.verdict is None or result.verdict.word == "no difference shown"
+    result = run_race(0, equal=True).result
+    assert result.winner == result.against
+    assert result.verdict is None or result.verdict.word == "no difference shown"
 
 
 def test_every_arm_is_accounted_for_and_only_measured_ones_are_ranked() -> None:
@@ -153,12 +152,13 @@ def test_what_needs_more_than_an_arm_out_of_memory_is_never_tried() -> None:
     assert race.result().winner == "t8 ub256 ncmoe10"
 
 
-def test_two_deaths_with_the_same_levels_stop_the_rest_unless_one_of_them_ran() -> None:
+def test_two_deaths_stop_what_shares_two_levels_and_three_what_shares_one_unless_it_ran() -> None:
     arms = small_arms()
-    out = excluded_arms(arms, {3: "crashed", 4: "hung"}, ran={0, 1, 2, 6, 7, 8})
-    assert set(out) == {3, 4, 5, 9, 10, 11}
-    assert "ubatch 512" in out[5][1]
-    assert set(excluded_arms(arms, {3: "crashed", 4: "hung"}, ran={0, 1, 2, 5})) == {3, 4}
+    two = excluded_arms(arms, {3: "crashed", 4: "hung"}, ran=set())
+    assert set(two) == {3, 4, 5}
+    assert "ubatch 512" in two[5][1]
+    assert set(excluded_arms(arms, {3: "crashed", 4: "hung", 9: "crashed"}, ran={0})) == {3, 4, 5, 9, 10, 11}
+    assert set(excluded_arms(arms, {3: "crashed", 4: "hung"}, ran={5})) == {3, 4}
 
 
 def test_one_death_stops_one_arm() -> None:
