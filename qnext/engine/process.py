@@ -282,7 +282,7 @@ _HINTS = {
     "missing": "Install the engine: ./scripts/qnext sets it up, or pip install 'qnext[engine]'.",
     "load": "The engine's last log lines above say why; `qnext plan` checks the file and the memory.",
     "device": "Check -ot, --rpc and --device-memory against what this engine has.",
-    "context": "Log lines above say why. For want of memory: a smaller --ctx-size or -ub, -ctk q8_0 -ctv q8_0.",
+    "context": "The log lines above say why; short of memory: a smaller --ctx-size or -ub, or -ctk q8_0.",
     "model_part": "Open the model again with it: only a context's settings can change without a load.",
     "empty": "Give a prompt of at least one character.",
     "context_full": "Start afresh with /reset, or give more room with --ctx-size.",
