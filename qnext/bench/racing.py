@@ -58,6 +58,7 @@ FULL_PAIRS = 2
 SHORT_SHARE = 1 / 6
 """Time of a short step over a full one, as long as none was measured."""
 NOISY_TRIES = 2
+SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads")
 CERTAIN = 1.96
 
 _Script = Generator[tuple[int, Rung], Outcome, None]
@@ -143,14 +144,7 @@ class Race:
         outcomes = [
             {"arm": step.arm, "rung": step.rung, **asdict(outcome)} for step, outcome in self._history
         ]
-        return {
-            "seconds": self.seconds,
-            "cells": self.cells,
-            "seed": self.seed,
-            "confidence": self.confidence,
-            "max_loads": self.max_loads,
-            "outcomes": outcomes,
-        }
+        return {**{name: getattr(self, name) for name in SETTINGS}, "outcomes": outcomes}
 
     @classmethod
     def restore(cls, arms: Sequence[Arm], state: Mapping[str, Any]) -> Race:
@@ -158,8 +152,7 @@ class Race:
 
         Raises UsageError when these arms would have asked for other steps than the recorded ones.
         """
-        settings = {name: value for name, value in state.items() if name != "outcomes"}
-        race = cls(arms, **settings)
+        race = cls(arms, **{name: state[name] for name in SETTINGS})
         for told in state["outcomes"]:
             step = race.next()
             if step is None or (step.arm, step.rung) != (told["arm"], told["rung"]):
@@ -259,11 +252,8 @@ class Race:
             if challenger not in racers or challenger is None:
                 return
             racers = [self._against, challenger]
-            both = [
-                (one, two)
-                for one, two in zip(times[challenger], times[self._against], strict=False)
-                if one and two
-            ]
+            sides = zip(times[challenger], times[self._against], strict=False)
+            both = [(one, two) for one, two in sides if one and two]
             if not both:
                 return
             look = 1 - 2 * (1 - self.confidence) / rounds
