@@ -98,6 +98,59 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE tests ADD COLUMN stddev_ns INTEGER",
         "CREATE INDEX runs_of_a_model ON runs (model_digest, machine_digest, started_at)",
     ),
+    (
+        """
+        CREATE TABLE sweeps (
+            id TEXT PRIMARY KEY,
+            started_at TEXT NOT NULL,
+            status TEXT NOT NULL,
+            model TEXT NOT NULL,
+            model_digest TEXT NOT NULL,
+            machine_digest TEXT NOT NULL,
+            engine_build TEXT NOT NULL,
+            seed INTEGER NOT NULL,
+            settings_json TEXT NOT NULL,
+            result_json TEXT,
+            pid INTEGER,
+            process_mark TEXT
+        )
+        """,
+        """
+        CREATE TABLE cells (
+            sweep_id TEXT NOT NULL REFERENCES sweeps (id) ON DELETE CASCADE,
+            position INTEGER NOT NULL,
+            name TEXT NOT NULL,
+            config_json TEXT NOT NULL,
+            status TEXT NOT NULL,
+            because TEXT NOT NULL,
+            record_id TEXT,
+            PRIMARY KEY (sweep_id, position)
+        )
+        """,
+        """
+        CREATE TABLE measurements (
+            sweep_id TEXT NOT NULL REFERENCES sweeps (id) ON DELETE CASCADE,
+            number INTEGER NOT NULL,
+            cell INTEGER NOT NULL,
+            rung TEXT NOT NULL,
+            started_at TEXT NOT NULL,
+            status TEXT,
+            because TEXT NOT NULL DEFAULT '',
+            prompt INTEGER,
+            depth INTEGER,
+            prefill_ns INTEGER,
+            token_ns_json TEXT,
+            turn_ns INTEGER,
+            seconds REAL,
+            rss_bytes INTEGER,
+            major_faults INTEGER,
+            facts_json TEXT,
+            PRIMARY KEY (sweep_id, number),
+            FOREIGN KEY (sweep_id, cell) REFERENCES cells (sweep_id, position)
+        )
+        """,
+        "CREATE INDEX sweeps_by_start ON sweeps (started_at)",
+    ),
 )
 """Statements that lead from version i to version i + 1 (`PRAGMA user_version`). Add; never change one."""
 
@@ -119,6 +172,7 @@ def opened(path: Path, *, write: bool, busy_timeout_s: float) -> Iterator[sqlite
         with closing(sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")  # what was committed survives a power cut, too
             _prepare(connection, path)
             connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             yield connection

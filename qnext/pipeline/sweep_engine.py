@@ -1,0 +1,244 @@
+"""Measures one cell: the engine brought to its state, a turn of text that no cache has seen, what came of it.
+
+A child lives as long as its weights are wanted: a cell with other threads, ubatch, cache or flash attention
+gets a new context on the loaded model. Whatever the engine does, dying included, becomes a status with a
+reason; only what no other cell could survive either (an RPC worker that went away, a missing model) is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, cast
+
+from qnext.bench.prompts import PromptMaker
+from qnext.bench.race_values import Status as RaceStatus
+from qnext.engine.crash import EngineCrashError
+from qnext.engine.log_reader import BufferSize, allocated_devices, read_buffer_sizes
+from qnext.engine.protocol import Message
+from qnext.engine.session import EngineSession
+from qnext.pipeline.sweep_values import Cell, Objective, RungSize, objective_seconds
+from qnext.plan.placement import Problem
+from qnext.plan.values import HOST, DeviceMemory, Workload
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["ok", "out-of-memory", "crashed", "hung", "too-slow", "noisy", "confounded"]
+
+KV_TOLERANCE = 0.02
+NOISY_SPREAD = 1.0
+"""Quartiles of the decode steps further apart than this share of the median tell nothing."""
+FEWEST_FOR_SPREAD = 12
+CROWDED = 0.5
+"""A child that took less than this part of the host's budget was not killed for lack of memory."""
+_MEMORY = re.compile(r"alloc|out of memory|not enough|cudaMalloc|exceeds", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one measurement gave. `turn_ns` is the objective's time, of `ok` ones; `facts` see the store."""
+
+    status: Status
+    because: str = ""
+    prompt: int | None = None
+    depth: int | None = None
+    prefill_ns: int | None = None
+    token_ns: tuple[int, ...] = ()
+    turn_ns: int | None = None
+    rss_bytes: int | None = None
+    major_faults: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def race_status(status: str) -> RaceStatus:
+    """The race's word: it knows no confounded arm, and takes one as lost without the engine being lost."""
+    return "too-slow" if status == "confounded" else cast(RaceStatus, status)
+
+
+class SweepEngine:
+    """The engine of a sweep, on one model. Use as a context manager."""
+
+    def __init__(
+        self,
+        model: str,
+        problem: Problem,
+        *,
+        objective: Objective,
+        workload: Workload,
+        seed: int,
+        silence_limit_s: float,
+        on_load: Callable[[float], None] | None = None,
+    ) -> None:
+        self._model, self._problem = model, problem
+        self._objective, self._workload, self._seed = objective, workload, seed
+        self._silence_limit_s, self._on_load = silence_limit_s, on_load
+        self._session: EngineSession | None = None
+        self._group: str | None = None
+        self._cell: Cell | None = None
+        self._checked: set[str] = set()
+        self._depths: dict[int, list[int]] = {}
+
+    def ready(self, cell: Cell) -> bool:
+        """Whether the cell's weights are loaded."""
+        return self._session is not None and self._session.alive and self._group == cell.group
+
+    def measure(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Taken:
+        """One turn of `size` with text salted by `number`; `limit_s` bounds prefill and decode together.
+
+        Raises EngineCrashError when an RPC worker or the model is gone.
+        """
+        try:
+            return self._measure(cell, size, number, limit_s)
+        except EngineCrashError as error:
+            if error.kind in ("rpc_lost", "missing"):
+                raise
+            self._cell = None
+            if error.kind != "refused":
+                self.close()
+            for line in error.log_tail:
+                logger.info("  | %s", line)
+            return self._failed(cell, error)
+
+    def close(self) -> None:
+        """End the child."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._group = self._cell = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _measure(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Taken:
+        facts: dict[str, Any] = {}
+        active = self._prepare(cell)
+        session = self._session
+        assert session is not None
+        if active is not None and cell.name not in self._checked:
+            sizes = read_buffer_sizes(session.size_lines)
+            wrong = self._not_as_asked(cell, active, sizes)
+            facts = {"active": active, "allocated": [asdict(device) for device in self._allocated(cell, sizes)]}
+            if wrong:
+                return Taken("confounded", wrong, facts=facts)
+            self._checked.add(cell.name)
+        depth = self._depth_tokens(session, size.depth)
+        prompt = self._tokens(session, size.prompt, PromptMaker(self._seed * 1_000_003 + number + 1))
+        told = session.turn(
+            depth_tokens=depth, prompt_tokens=prompt, generate=size.generate, limit_s=limit_s
+        )
+        return self._read(told, size, limit_s, facts)
+
+    def _prepare(self, cell: Cell) -> Message | None:
+        """Load the weights, or make a new context on them; what is active then, None if nothing changed."""
+        if not self.ready(cell):
+            self.close()
+            self._session = EngineSession(
+                environment=dict(cell.environment), silence_limit_s=self._silence_limit_s
+            )
+            active = self._session.open(self._model, cell.placement, on_progress=self._on_load)
+            self._group = cell.group
+        elif self._cell is None or self._cell.name != cell.name:
+            assert self._session is not None
+            active = self._session.renew(cell.placement)
+        else:
+            return None
+        assert self._session is not None
+        self._session.warm_up()
+        self._cell = cell
+        return {name: active.get(name) for name in _ACTIVE}
+
+    def _read(self, told: Message, size: RungSize, limit_s: float | None, facts: dict[str, Any]) -> Taken:
+        token_ns = tuple(cast("list[int]", told["token_ns"]))
+        prefill_ns = cast("int | None", told["prefill_ns"])
+        status: Status = "ok"
+        because, turn_ns = "", None
+        if told["stopped"]:
+            status, because = "too-slow", f"not done after {limit_s:.1f} s" if limit_s else "not done in time"
+        elif len(token_ns) >= FEWEST_FOR_SPREAD:
+            low, middle, high = statistics.quantiles(token_ns, n=4)
+            if high - low > NOISY_SPREAD * middle:
+                status, because = "noisy", f"half of the steps took {low / 1e6:.1f} to {high / 1e6:.1f} ms"
+        if status == "ok" and prefill_ns is not None and token_ns:
+            # The median of few steps: one that waited for another program says nothing of the setting.
+            prefill_s = prefill_ns / 1e9 / size.prompt
+            decode_s = statistics.median(token_ns) / 1e9
+            turn_ns = round(1e9 * objective_seconds(self._objective, self._workload, prefill_s, decode_s))
+        return Taken(
+            status,
+            because,
+            prompt=size.prompt,
+            depth=size.depth,
+            prefill_ns=prefill_ns,
+            token_ns=token_ns,
+            turn_ns=turn_ns,
+            rss_bytes=cast("int | None", told["rss_bytes"]),
+            major_faults=cast("int | None", told["major_faults"]),
+            facts=facts,
+        )
+
+    def _not_as_asked(self, cell: Cell, active: Message, sizes: list[BufferSize]) -> str:
+        """What the engine made otherwise than asked; empty when nothing."""
+        placement = cell.placement
+        wanted: dict[str, object] = {
+            "ubatch": min(placement.ubatch, placement.batch, placement.context),
+            "batch": min(placement.batch, placement.context),
+            "threads": placement.threads,
+            "threads_batch": placement.threads_batch,
+        }
+        if placement.flash_attention != "auto" and active.get("flash_attention") is not None:
+            wanted["flash_attention"] = placement.flash_attention
+        wrong = [
+            f"{name} is {active[name]} instead of {value}"
+            for name, value in wanted.items()
+            if active.get(name) is not None and active[name] != value
+        ]
+        planned = sum(device.kv_bytes for device in self._problem.memory(placement).devices)
+        real = sum(size.bytes for size in sizes if size.part == "KV")
+        if planned and real and abs(real - planned) > KV_TOLERANCE * planned:
+            wrong.append(f"the KV cache takes {real} bytes instead of {planned}")
+        return "; ".join(wrong)
+
+    def _allocated(self, cell: Cell, sizes: list[BufferSize]) -> tuple[DeviceMemory, ...]:
+        names = (HOST, *cell.placement.devices)
+        budgets = {budget.name: budget for budget in self._problem.budgets if budget.name in names}
+        return allocated_devices(sizes, {name: budgets[name] for name in names if name in budgets})
+
+    def _failed(self, cell: Cell, error: EngineCrashError) -> Taken:
+        status: Status = "crashed"
+        if error.kind == "hang":
+            status = "hung"
+        elif error.kind == "killed" and self._crowded(cell):
+            status = "out-of-memory"
+        elif error.kind in ("refused", "abort", "exit"):
+            lines = (error.message, *error.log_tail)
+            status = "out-of-memory" if any(_MEMORY.search(line) for line in lines) else "crashed"
+        return Taken(status, error.message)
+
+    def _crowded(self, cell: Cell) -> bool:
+        host = next(budget for budget in self._problem.budgets if budget.name == HOST)
+        planned = self._problem.memory(cell.placement).devices
+        taken = next((device.total_bytes for device in planned if device.name == HOST), 0)
+        return taken > CROWDED * host.budget_bytes
+
+    def _depth_tokens(self, session: EngineSession, count: int) -> list[int]:
+        """The same for all cells, so that the engine may keep what it made of them."""
+        if count and count not in self._depths:
+            self._depths[count] = self._tokens(session, count, PromptMaker(self._seed))
+        return self._depths.get(count, [])
+
+    @staticmethod
+    def _tokens(session: EngineSession, count: int, maker: PromptMaker) -> list[int]:
+        """Exactly `count` tokens of fresh text."""
+        found: list[int] = []
+        while len(found) < count:
+            found += session.tokenize(" ".join(maker.words(count - len(found) + 4)))
+        return found[:count]
+
+
+_ACTIVE = ("context", "batch", "ubatch", "threads", "threads_batch", "flash_attention")
+
