@@ -1,4 +1,4 @@
-"""How far the decode forecast is off on machines whose measurements it has not seen."""
+"""How far the decode forecast is off on machines it has not seen, and on machines it has seen a little of."""
 
 from __future__ import annotations
 
@@ -37,3 +37,36 @@ def measure_speed_unseen() -> Figure:
 def measure_speed_range() -> Figure:
     inside = float(_result()["summary"]["decode"]["judged"]["inside"])
     return Figure(round(inside * 100), "%", inside >= INSIDE, _detail())
+
+
+@claim(
+    "speed-history",
+    "decode forecast with the machine's other measurements, against without: median error",
+    bar=f"smaller, and at least {INSIDE:.0%} inside the range",
+    minutes=1,
+)
+def measure_speed_history() -> Figure:
+    found = run_script("fit_history.py", "--json", check=True)["summary"]
+    decode, others, prefill = (
+        found["decode"]["history"],
+        found["decode"]["others"],
+        found["prefill"]["history"],
+    )
+    before, after = decode["plain"], decode["with"]
+    holds = after["median_error"] < before["median_error"] and after["inside"] >= INSIDE
+    return Figure(
+        round(after["median_error"] * 100, 1),
+        "%",
+        holds,
+        f"{decode['rows']} published rows of {decode['machines']} machines left out: {_change(decode)}; "
+        f"from other model files alone ({others['rows']} rows) {_change(others)}; prefill "
+        f"({prefill['rows']} rows) {_change(prefill)}",
+    )
+
+
+def _change(pairs: dict[str, Any]) -> str:
+    before, after = pairs["plain"], pairs["with"]
+    return (
+        f"{before['median_error']:.1%} to {after['median_error']:.1%}, {pairs['closer']} closer, "
+        f"{before['inside']:.0%} to {after['inside']:.0%} inside"
+    )

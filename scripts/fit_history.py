@@ -189,6 +189,7 @@ def write_spreads(rows: Sequence[speed.Row]) -> None:
     for of, name in (("decode", "DECODE_SPREAD"), ("prefill", "PREFILL_SPREAD")):
         machine, model, test = _deviations(fit_spread(unseen_tests(rows, of), of))
         lines.append(f"{name} = Spread(machine={machine:.3f}, model={model:.3f}, test={test:.3f})")
+    lines.append(f'HISTORY_DIGEST = "{speed.data_digest()}"')
     text = speed.MODULE.read_text()
     block = "\n".join(("# fitted history: begin", *lines, "# fitted history: end"))
     pattern = r"# fitted history: begin\n.*?# fitted history: end"

@@ -81,8 +81,8 @@ def _newest(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = []
     for entry in reversed(entries):
         kind, model = str(entry.get("kind")), str(entry.get("model"))
-        counts.update([(kind,), (kind, model)])
-        if counts[kind,] <= KEPT and counts[kind, model] <= KEPT_OF_MODEL:
+        if counts[kind,] < KEPT and counts[kind, model] < KEPT_OF_MODEL:
+            counts.update([(kind,), (kind, model)])
             kept.append(entry)
     return kept[::-1]
 

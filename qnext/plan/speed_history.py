@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from qnext.models.shape import ModelShape
 from qnext.plan.values import SpeedRange
 
+SURPRISE = 2.0
+"""Standard deviations beyond which a test is taken for disturbed: its noise then counts as so much larger
+that it lies there. One answer on a busy machine would otherwise be believed however far it is off."""
 _TRAVEL = ("crossing", "gpu_hop", "gpu_copy")
 _EFFECTS = {"gpu": ("gpu",), "gpus": ("gpu", "several gpus"), "cpu": ("cpu",), "travel": ("travel",)}
 """Whose x a part of the time follows; `gpus` is the work of GPUs where several share it."""
@@ -106,8 +109,9 @@ class Learnt:
             for name in names
         }
         variance = sum(weight * shared[name] for name, weight in slope.items())
-        variance += (self.spread.test * test.doubt) ** 2
-        gain = (test.longer - expected) / variance
+        surprise = test.longer - expected
+        variance = max(variance + (self.spread.test * test.doubt) ** 2, (surprise / SURPRISE) ** 2)
+        gain = surprise / variance
         return Learnt(
             self.spread,
             self.tests + 1,
@@ -160,17 +164,17 @@ def forecast_range(
         raw = sum(ns / learnt.times_longer(part) for part, ns in parts.items())
         total *= learnt.model_longer(model)
         narrowing = learnt.narrowing(parts, model)
-        words = _words(learnt.tests, total / raw - 1) if narrowing < 0.999 else ""
+        words = _words(learnt.tests, raw / total - 1) if narrowing < 0.999 else ""
     mid = 1e9 / max(total, 1.0)
     low, high = (factor**narrowing for factor in factors)
     return SpeedRange(round(mid * low, 2), round(mid, 2), round(mid * high, 2)), words
 
 
-def _words(tests: int, too_high: float) -> str:
+def _words(tests: int, change: float) -> str:
     measured = f"{tests} test{'' if tests == 1 else 's'} here"
-    if abs(too_high) < 0.005:
+    if abs(change) < 0.005:
         return f"as in {measured}"
-    return f"{abs(too_high):.0%} {'lower' if too_high > 0 else 'higher'} than without {measured}"
+    return f"{abs(change):.0%} {'lower' if change < 0 else 'higher'} than without {measured}"
 
 
 def part_of(term: str, several_gpus: bool) -> str:
