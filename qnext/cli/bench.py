@@ -1,14 +1,16 @@
-"""`qnext bench run | history | show`."""
+"""`qnext bench run | history | show`; the other commands of the group register themselves here."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qnext.cli import bench_sweep
 from qnext.cli.bench_endpoint import (
     DEFAULT_CONCURRENCY,
     DEFAULT_DEADLINE,
@@ -21,7 +23,7 @@ from qnext.cli.bench_endpoint import (
 )
 from qnext.cli.bench_records import register
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
+from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table, progress_bar
 
 app = typer.Typer(
@@ -58,6 +60,7 @@ def run(
     concurrency: Concurrency = DEFAULT_CONCURRENCY,
     api_key_env: ApiKeyEnv = None,
     deadline: Deadline = DEFAULT_DEADLINE,
+    tuned: Tuned = True,
     json_output: Annotated[
         bool, typer.Option("--json", metavar="", help="Print the record as JSON.")
     ] = False,
@@ -95,7 +98,8 @@ def run(
     tests = scenarios(parse_counts(prompts, "-p"), parse_counts(generates, "-n"), parse_counts(depths, "-d"))
     if not tests:
         raise UsageError("there is nothing to measure", hint="Give -p or -n a number above 0.")
-    request = with_model_here(make_request(model, flags), find_paths(), yes=yes, silent=json_output)
+    request = replace(make_request(model, flags), tuned=tuned)
+    request = with_model_here(request, find_paths(), yes=yes, silent=json_output)
     finished: list[TestResult] = []
     record_ids: list[str] = []
     try:
@@ -196,3 +200,4 @@ def show(
 
 
 register(app)
+bench_sweep.register(app)

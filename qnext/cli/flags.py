@@ -28,6 +28,17 @@ MOST_SEQUENCES = 256
 """llama.cpp's LLAMA_MAX_SEQ."""
 
 
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tuned/--no-tuned",
+        help="Take what qnext bench sweep found, if there is any.",
+        rich_help_panel=_PLACE,
+    ),
+]
+"""Type of the parameter `tuned` of commands that run a model."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanFlags:
     """What the command line says about machine, placement and sizes; None leaves it to the planner."""
@@ -273,7 +284,10 @@ class PlanFlags:
 
 
 def takes_plan_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Give `command`, whose parameter `flags` is a PlanFlags, the options of that class."""
+    """Give `command`, whose parameter `flags` is a PlanFlags, the options of that class.
+
+    An option that the command declares itself under the same name takes that one's place.
+    """
     hints = get_type_hints(PlanFlags, include_extras=True)
     own = [
         parameter.replace(annotation=get_type_hints(command, include_extras=True)[name])
@@ -285,11 +299,12 @@ def takes_plan_flags(command: Callable[..., int | None]) -> Callable[..., int | 
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
         for field in fields(PlanFlags)
+        if field.name not in {parameter.name for parameter in own}
     ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> int | None:
-        flags = PlanFlags(**{field.name: given.pop(field.name) for field in fields(PlanFlags)})
+        flags = PlanFlags(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         return command(**given, flags=flags)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags
+from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, progress_bar, stderr_console
 from qnext.cli.propose import propose_model, require_someone
 
@@ -102,6 +103,7 @@ def run(
             "-s", "--seed", min=0, metavar="N", help="The same dice each time.", rich_help_panel=_SAMPLING
         ),
     ] = None,
+    tuned: Tuned = True,
 ) -> None:
     """Chat with a model, or answer one --prompt. Speeds are shown beside the forecast.
 
@@ -120,7 +122,7 @@ def run(
         raise UsageError("--json needs a prompt", hint='Add --prompt "Hello", or pipe one in.')
     wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     paths = find_paths()
-    request = make_request(model or "", flags)
+    request = replace(make_request(model or "", flags), tuned=tuned)
     if model is None:
         request = propose_model(request, paths, yes=yes)
     request = with_model_here(request, paths, yes=yes, silent=json_output)

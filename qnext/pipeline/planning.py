@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ class PlannedModel:
     """A plan with what it was made from, so that a later step can run it or make it again.
 
     `candidates` are the quants it was chosen from, the best first; empty where there was no choice.
+    `environment` is what a tuned profile adds to the engine's.
     """
 
     model: LocatedModel
@@ -49,6 +51,7 @@ class PlannedModel:
     problem: Problem
     plan: Plan
     candidates: tuple[Candidate, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def forecast(self, workload: Workload) -> Prediction:
         """What the plan's placement should reach on another workload than the one it was made for."""

@@ -18,8 +18,8 @@ class Request(Wishes):
     `hardware` replaces this machine by a recorded one, `what_if` changes some of its facts (see
     `qnext.plan.what_if`). `ram_headroom` and `vram_headroom` are left free of what was detected, instead of
     the usual margins. `rpc_servers` are `host:port` of llama.cpp workers, each sized by `device_memory`.
-    `min_tps` (decode, tokens per second) is what the quant must reach where `model` leaves it open. The
-    remaining names are llama.cpp's.
+    `min_tps` (decode, tokens per second) is what the quant must reach where `model` leaves it open. `tuned`:
+    run with what a sweep found, if there is any. The remaining names are llama.cpp's.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Request(Wishes):
     threads_batch: int | None = None
     repack: RepackPolicy | None = None
     min_tps: float | None = None
+    tuned: bool = False
 
 
 def parse_overrides(texts: tuple[str, ...]) -> tuple[Override, ...]:

@@ -21,6 +21,7 @@ from qnext.engine.session import EngineSession
 from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
+from qnext.pipeline.tuned import plan_tuned
 from qnext.plan.values import DeviceMemory
 from qnext.units import MIB, format_bytes
 
@@ -43,7 +44,7 @@ class RunningModel:
     """A model in an engine child. Use as a context manager; `planned` is the plan in force after retries.
 
     `on_progress` gets the share of the weights loaded. `planner` makes the plan, and again each time a safer
-    layout is wanted. Raises DoesNotFitError before anything is loaded.
+    layout is wanted; by default the request says whether a sweep's answer is taken. Raises DoesNotFitError before anything is loaded.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class RunningModel:
         notice: Notice,
         on_progress: Callable[[float], None] | None = None,
         *,
-        planner: Planner = plan_model,
+        planner: Planner | None = None,
     ) -> None:
         self._request = request
         self._paths = paths
         self._notice = notice
         self._on_progress = on_progress
-        self._planner = planner
+        self._planner = planner = planner or (plan_tuned if request.tuned else plan_model)
         self._session: EngineSession | None = None
         self._crashed_layouts: dict[str, str] = {}
         self.last_crash: str | None = None
@@ -135,7 +136,7 @@ class RunningModel:
 
     def _open(self) -> Opened:
         self.close()
-        self._session = EngineSession()
+        self._session = EngineSession(environment=dict(self.planned.environment))
         plan = self.planned.plan
         facts = self._session.open(self.planned.model.path, plan.placement, on_progress=self._on_progress)
         sizes = read_buffer_sizes(self._session.size_lines)

@@ -29,7 +29,7 @@ from qnext.plan.choice import cache_types, choose_placement
 from qnext.plan.flags import expert_pattern
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
-from qnext.plan.placement import ALL_LAYERS, Problem, check_placement, on_cpu
+from qnext.plan.placement import ALL_LAYERS, check_placement, on_cpu
 from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, Override, Placement
 from qnext.units import format_bytes
@@ -206,7 +206,9 @@ class _Maker:
             if layout == "experts":
                 inside = set(plan.cpu_expert_layers)
                 tensors = [one for one in problem.header.tensors if layer_of(one.name) in inside]
-                rules = repack_overrides(replace(problem.header, tensors=tuple(tensors)), problem.traits[HOST])
+                rules = repack_overrides(
+                    replace(problem.header, tensors=tuple(tensors)), problem.traits[HOST]
+                )
                 placement = replace(placement, overrides=(*rules, *bare))
         if _identity(placement, {}) == _identity(plan, {}):
             return
@@ -306,7 +308,9 @@ class _Maker:
             caches = [own]
         elif own not in caches:
             caches.append(own)
-        flashes = [str(level) for level in self._levels("flash_attention", ("on", "off"), plan.flash_attention)]
+        flashes = [
+            str(level) for level in self._levels("flash_attention", ("on", "off"), plan.flash_attention)
+        ]
         plain = {"f16", "f32", "bf16"}
         return [
             (flash, cache)
@@ -436,9 +440,7 @@ def _with_fewer_experts(plan: Placement, layers: int) -> Iterator[Placement]:
         moved = held[-max(1, fewer * layers // 48) :]
         chosen = tuple(sorted((*plan.cpu_expert_layers, *moved)))
         if moved and len(moved) < len(held):
-            yield replace(
-                plan, cpu_expert_layers=chosen, overrides=(Override(expert_pattern(chosen), HOST),)
-            )
+            yield replace(plan, cpu_expert_layers=chosen, overrides=(Override(expert_pattern(chosen), HOST),))
 
 
 def _cache_word(placement: Placement) -> str:

@@ -122,15 +122,16 @@ class SweepEngine:
         if active is not None and cell.name not in self._checked:
             sizes = read_buffer_sizes(session.size_lines)
             wrong = self._not_as_asked(cell, active, sizes)
-            facts = {"active": active, "allocated": [asdict(device) for device in self._allocated(cell, sizes)]}
+            facts = {
+                "active": active,
+                "allocated": [asdict(device) for device in self._allocated(cell, sizes)],
+            }
             if wrong:
                 return Taken("confounded", wrong, facts=facts)
             self._checked.add(cell.name)
         depth = self._depth_tokens(session, size.depth)
         prompt = self._tokens(session, size.prompt, PromptMaker(self._seed * 1_000_003 + number + 1))
-        told = session.turn(
-            depth_tokens=depth, prompt_tokens=prompt, generate=size.generate, limit_s=limit_s
-        )
+        told = session.turn(depth_tokens=depth, prompt_tokens=prompt, generate=size.generate, limit_s=limit_s)
         return self._read(told, size, limit_s, facts)
 
     def _prepare(self, cell: Cell) -> Message | None:
@@ -241,4 +242,3 @@ class SweepEngine:
 
 
 _ACTIVE = ("context", "batch", "ubatch", "threads", "threads_batch", "flash_attention")
-

@@ -119,6 +119,7 @@ class SweepSettings:
     full: RungSize
     cooldown_s: float = 0.0
     seed: int = 0
+    confidence: float = 0.95
 
     @property
     def workload(self) -> Workload:
@@ -174,9 +175,7 @@ def placement_from_dict(data: Mapping[str, Any]) -> Placement:
     return Placement(**values)
 
 
-def objective_seconds(
-    objective: Objective, workload: Workload, prefill_s: float, decode_s: float
-) -> float:
+def objective_seconds(objective: Objective, workload: Workload, prefill_s: float, decode_s: float) -> float:
     """Time of the objective: `prefill_s` and `decode_s` are those of one token."""
     prefill = 0.0 if objective == "decode" else workload.prompt * prefill_s
     decode = 0.0 if objective == "prefill" else workload.generate * decode_s

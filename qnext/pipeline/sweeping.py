@@ -247,9 +247,7 @@ def run_sweep(
 class _Driver:
     """Runs the steps of one race."""
 
-    def __init__(
-        self, store: SweepStore, sweep: StoredSweep, prepared: Prepared, watch: SweepWatch
-    ) -> None:
+    def __init__(self, store: SweepStore, sweep: StoredSweep, prepared: Prepared, watch: SweepWatch) -> None:
         self._store, self._sweep, self._prepared, self._watch = store, sweep, prepared, watch
         self._settings = prepared.settings
         self._places = {cell.name: number for number, cell in enumerate(prepared.cells)}
@@ -263,6 +261,7 @@ class _Driver:
                 "seconds": settings.seconds,
                 "cells": settings.cells,
                 "seed": settings.seed,
+                "confidence": settings.confidence,
                 "max_loads": settings.max_loads,
                 "outcomes": [
                     {
@@ -321,9 +320,7 @@ class _Driver:
             self._fastest[step.rung] = min(self._fastest.get(step.rung, 1e9), busy / 1e9)
         self._observe(step, place, taken, seconds, began)
         if self._watch.on_measured is not None:
-            progress = Progress(
-                step.number, cell, step.rung, taken, seconds, self.race.spent_s, self.race
-            )
+            progress = Progress(step.number, cell, step.rung, taken, seconds, self.race.spent_s, self.race)
             self._watch.on_measured(progress)
 
     def _observe(self, step: Step, place: int, taken: Taken, seconds: float, began: str) -> None:

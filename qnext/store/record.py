@@ -18,8 +18,9 @@ T = TypeVar("T")
 SCHEMA = "qnext.record/1"
 
 Status = Literal["ok", "failed", "running", "interrupted"]
-Kind = Literal["run", "bench", "import"]
-"""`import`: read from a file that llama-bench or another qnext wrote."""
+Kind = Literal["run", "bench", "sweep", "import"]
+"""`sweep`: a configuration that was tried and was neither baseline nor winner (those are `bench`). `import`:
+read from a file that llama-bench or another qnext wrote."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,10 +111,15 @@ class ResultStore:
     def history(
         self, limit: int | None = 20, *, model: str | None = None, kind: Kind | None = None
     ) -> list[Record]:
-        """Records, newest first. `model` is a part of the model's reference or digest, in any case."""
+        """Records, newest first, those of kind `sweep` only where asked for.
+
+        `model` is a part of the model's reference or digest, in any case.
+        """
         if self._is_missing():
             return []
         query, values = "SELECT * FROM runs WHERE 1", list[object]()
+        if kind is None:
+            query += " AND kind != 'sweep'"
         if model is not None:
             query += " AND (instr(lower(model), lower(?)) OR instr(model_digest, ?))"
             values += [model, model]
