@@ -13,6 +13,7 @@ from typing import Any
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
+from qnext.plan.ceiling import longest_context
 from qnext.plan.choice import choose_placement
 from qnext.plan.flags import llama_server_argv, server_warnings
 from qnext.plan.host_caches import HostCaches, plan_host_caches
@@ -33,7 +34,8 @@ from qnext.plan.values import (
 class Plan:
     """A finished plan. `missing` is empty when it fits; `alternatives` name changes that would make it fit.
 
-    `compute_measured` says that compute buffers come from the engine's dry run and not from the estimate.
+    `context_ceiling` is how far the context could grow, in tokens over all slots. `compute_measured` says
+    that compute buffers come from the engine's dry run and not from the estimate.
     """
 
     model_ref: str
@@ -42,6 +44,7 @@ class Plan:
     placement: Placement
     devices: tuple[DeviceMemory, ...]
     caches: HostCaches
+    context_ceiling: int | None
     compute_measured: bool
     missing: Mapping[str, int]
     alternatives: tuple[str, ...]
@@ -73,6 +76,7 @@ def make_plan(
         placement=placement,
         devices=memory,
         caches=caches,
+        context_ceiling=longest_context(problem, placed) if placed.fits else None,
         compute_measured=not placed.memory.compute_estimated,
         missing=placed.missing,
         alternatives=(),
@@ -127,6 +131,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "missing_bytes": dict(plan.missing),
         "alternatives": list(plan.alternatives),
         "devices": [device_to_dict(device) for device in plan.devices],
+        "context_ceiling": plan.context_ceiling,
         "host_caches": asdict(plan.caches),
         "compute_source": "dry run" if plan.compute_measured else "estimate",
         "placement": placement,

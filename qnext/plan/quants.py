@@ -8,18 +8,18 @@ that costs no more than a third of the speed of the fastest good one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from qnext.plan.choice import cache_types, choose_placement
+from qnext.plan.ceiling import longest_context
+from qnext.plan.choice import choose_placement
 from qnext.plan.options import Preference
-from qnext.plan.placement import Placed, Problem, find_placement
+from qnext.plan.placement import Placed, Problem
 from qnext.plan.turn import forecast
 from qnext.plan.values import Prediction, Reason
 
 BALANCED_SHARE = 0.67
 """The part of the fastest good quant's decode speed that `balanced` keeps at least."""
-_CONTEXT_STEP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,42 +112,6 @@ def choose_quant(
     if min_tps is not None:
         why += f" and reaches {min_tps:g} t/s"
     return best, _reason(best, why, candidates)
-
-
-def longest_context(problem: Problem, placed: Placed) -> int | None:
-    """The longest context with which the model still fits, to a whole 1,024 tokens.
-
-    Experts may give way, and the cache be rounded, where the user left that open. What a token of context
-    costs follows from two placements; the guess is then checked, and lowered until it fits.
-    """
-    most = problem.shape.context_train
-    base = placed.placement
-    step = _CONTEXT_STEP * base.parallel
-    if _fits(problem, placed, most * base.parallel):
-        return most * base.parallel
-    low, high = base.context // step, most * base.parallel // step
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        if _fits(problem, placed, middle * step):
-            low = middle
-        else:
-            high = middle
-    return max(low * step, base.context)
-
-
-def _fits(problem: Problem, placed: Placed, context: int) -> bool:
-    smallest = cache_types(problem)[-1]
-    blank = replace(
-        placed.placement,
-        context=context,
-        kv_type_k=smallest[0],
-        kv_type_v=smallest[1],
-        devices=(),
-        cpu_expert_layers=(),
-        overrides=(),
-        n_gpu_layers=0,
-    )
-    return find_placement(problem, blank).fits
 
 
 def _where(placed: Placed, problem: Problem) -> str:

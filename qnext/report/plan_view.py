@@ -93,10 +93,14 @@ def _settings(plan: Plan) -> RenderableType:
     table.add_row("decode", f"{forecast(plan.prediction.decode_tps)}, writing the answer")
     table.add_row("prefill", f"{forecast(plan.prediction.prefill_tps)}, reading the prompt")
     table.add_row("forecast from", _SOURCES[plan.prediction.source])
+    growth = ""
+    if plan.context_ceiling and plan.context_ceiling > placement.context:
+        growth = f"; up to {plan.context_ceiling:,} would fit"
     slots = f" for {placement.parallel} slots" if placement.parallel > 1 else ""
     table.add_row(
         "context",
-        f"{placement.context:,} tokens{slots}, KV cache in {placement.kv_type_k}/{placement.kv_type_v}",
+        f"{placement.context:,} tokens{slots}, KV cache in {placement.kv_type_k}/{placement.kv_type_v}"
+        f"{growth}",
     )
     table.add_row("batch", f"{placement.batch:,}, computed {placement.ubatch:,} at once (ubatch)")
     table.add_row("threads", f"{placement.threads} for decode, {placement.threads_batch} for prefill")

@@ -9,12 +9,13 @@ import pytest
 from qnext.hardware import load_machine
 from qnext.models.shape import read_shape
 from qnext.models.synth.imagined import imagined_header
+from qnext.plan.ceiling import longest_context
 from qnext.plan.choice import choose_placement
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import PlanOptions, Preference
 from qnext.plan.placement import find_placement
 from qnext.plan.problem import make_problem
-from qnext.plan.quants import Candidate, Offer, choose_quant, longest_context, weigh
+from qnext.plan.quants import Candidate, Offer, choose_quant, weigh
 
 LADDER = ("IQ2_XXS", "Q3_K_M", "Q4_K_M", "Q6_K", "Q8_0")
 
