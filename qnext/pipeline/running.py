@@ -44,7 +44,8 @@ class RunningModel:
     """A model in an engine child. Use as a context manager; `planned` is the plan in force after retries.
 
     `on_progress` gets the share of the weights loaded. `planner` makes the plan, and again each time a safer
-    layout is wanted; by default the request says whether a sweep's answer is taken. Raises DoesNotFitError before anything is loaded.
+    layout is wanted; by default the request says whether a sweep's answer is taken. Raises DoesNotFitError
+    before anything is loaded.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from qnext.bench.knob_model import Level
 from qnext.errors import UsageError
 from qnext.models.shape import layer_of
 from qnext.pipeline.planning import PlannedModel
+from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_values import (
     MODEL_FIELDS,
     Cell,
@@ -60,6 +61,7 @@ class _Base:
 
 def make_cells(
     planned: PlannedModel,
+    request: Request,
     *,
     objective: Objective,
     grid: Grid,
@@ -71,17 +73,19 @@ def make_cells(
     `fit` is llama.cpp's own placement, None where it cannot be asked; `crashes` are the weight layouts that
     are known to end the engine here, with what happened. Raises UsageError for a grid without any cell.
     """
-    return _Maker(planned, objective, grid, crashes).cells(fit)
+    defaults = default_placement(planned, request, crashes)
+    return _Maker(planned, objective, grid, crashes).cells(fit, defaults)
 
 
-def default_placement(planned: PlannedModel, crashes: Mapping[str, str]) -> Placement:
-    """What llama.cpp takes when nothing is said, but for the context, which is the plan's.
+def default_placement(planned: PlannedModel, request: Request, crashes: Mapping[str, str]) -> Placement:
+    """What llama.cpp takes for all that `request` leaves open, but for the context, which is the plan's.
 
     Source: `common_params` of common.h and `common_cpu_get_num_math`: a thread per physical core.
     """
     base, machine = planned.plan.placement, planned.surroundings.machine
     cores = machine.cpu.usable_cores or machine.cpu.physical_cores or base.threads
     devices = planned.problem.offload_devices()
+    threads = request.threads or cores
     return replace(
         base,
         devices=devices,
@@ -89,13 +93,13 @@ def default_placement(planned: PlannedModel, crashes: Mapping[str, str]) -> Plac
         cpu_expert_layers=(),
         overrides=(),
         tensor_split=None,
-        batch=2048,
-        ubatch=512,
-        kv_type_k="f16",
-        kv_type_v="f16",
-        flash_attention="auto",
-        threads=cores,
-        threads_batch=cores,
+        batch=request.batch,
+        ubatch=request.ubatch or 512,
+        kv_type_k=request.kv_type_k or "f16",
+        kv_type_v=request.kv_type_v or "f16",
+        flash_attention=request.flash_attention if request.flash_attention == "off" else "auto",
+        threads=threads,
+        threads_batch=request.threads_batch or threads,
         load_mode="mmap",
         extra_buffers="full" not in crashes,
     )
@@ -112,8 +116,9 @@ class _Maker:
         self._base_knobs = self._knobs_of_weights(self._plan, self._layout_of(self._plan))
         self._plan_knobs = self._knobs(_Base(self._plan, self._base_knobs), self._plan)
 
-    def cells(self, fit: Placement | None) -> tuple[Cell, ...]:
-        baselines = self._baselines(fit)
+    def cells(self, fit: Placement | None, defaults: Placement) -> tuple[Cell, ...]:
+        """All cells, in the order that `make_cells` states."""
+        baselines = self._baselines(fit, defaults)
         known = {_identity(cell.placement, cell.environment) for cell in baselines}
         live: dict[str, list[Cell]] = {}
         refused: list[Cell] = []
@@ -138,10 +143,9 @@ class _Maker:
         unable = [cell for cell in baselines if cell.status]
         return (*running, *chosen, *unable, *refused[:MOST_REFUSED])
 
-    def _baselines(self, fit: Placement | None) -> list[Cell]:
+    def _baselines(self, fit: Placement | None, defaults: Placement) -> list[Cell]:
         """The plan, llama.cpp's fit and its defaults; one cell has two roles where they are the same."""
         wanted: list[tuple[Role, str, Placement]] = [("plan", "plan", self._plan)]
-        defaults = default_placement(self._planned, self._crashes)
         if fit is not None:
             wanted.append(("fit", "llama.cpp fit", fit))
         elif not defaults.devices:
@@ -221,7 +225,7 @@ class _Maker:
         )
 
     def _placements(self) -> Iterator[Placement]:
-        """Other shares of the model on the devices: the most that fits with each ubatch and cache, and fewer."""
+        """Other shares on the devices: the most that fits with each ubatch and cache, and a few fewer."""
         options, plan = self._problem.options, self._plan
         base = replace(options, context=plan.context, parallel=plan.parallel)
         forced = options.overrides or options.tensor_split or options.n_gpu_layers is not None

@@ -2,7 +2,7 @@
 
 A child lives as long as its weights are wanted: a cell with other threads, ubatch, cache or flash attention
 gets a new context on the loaded model. Whatever the engine does, dying included, becomes a status with a
-reason; only what no other cell could survive either (an RPC worker that went away, a missing model) is raised.
+reason; only what no other cell could survive (an RPC worker that went away, a missing model) is raised.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ class SweepEngine:
         workload: Workload,
         seed: int,
         silence_limit_s: float,
+        depth_limit_s: float,
         on_load: Callable[[float], None] | None = None,
     ) -> None:
         self._model, self._problem = model, problem
         self._objective, self._workload, self._seed = objective, workload, seed
-        self._silence_limit_s, self._on_load = silence_limit_s, on_load
+        self._silence_limit_s, self._depth_limit_s = silence_limit_s, depth_limit_s
+        self._on_load = on_load
         self._session: EngineSession | None = None
         self._group: str | None = None
         self._cell: Cell | None = None
@@ -131,7 +133,13 @@ class SweepEngine:
             self._checked.add(cell.name)
         depth = self._depth_tokens(session, size.depth)
         prompt = self._tokens(session, size.prompt, PromptMaker(self._seed * 1_000_003 + number + 1))
-        told = session.turn(depth_tokens=depth, prompt_tokens=prompt, generate=size.generate, limit_s=limit_s)
+        told = session.turn(
+            depth_tokens=depth,
+            prompt_tokens=prompt,
+            generate=size.generate,
+            limit_s=limit_s,
+            depth_limit_s=self._depth_limit_s,
+        )
         return self._read(told, size, limit_s, facts)
 
     def _prepare(self, cell: Cell) -> Message | None:

@@ -21,7 +21,7 @@ from qnext.hardware import machine_fingerprint
 from qnext.pipeline.planning import PlannedModel
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.surroundings import require_this_machine
-from qnext.pipeline.sweep_values import Cell, Role, SweepSettings
+from qnext.pipeline.sweep_values import Cell, Role, SweepSettings, problem_of
 from qnext.pipeline.sweeping import SweepRun
 from qnext.pipeline.tuned import (
     TunedProfile,
@@ -92,6 +92,11 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
     by_name = {one.cell.name: one for one in results}
     winner_name = _winner(run.result, by_name)
     against = _against(run, winner_name)
+    plan_name, verdict = against.get("plan", (winner_name, None))
+    shown_faster = verdict is not None and verdict.word == "faster"
+    if by_name[winner_name].cell.roles and by_name[plan_name].turn_s and not shown_faster:
+        winner_name = plan_name  # of equal baselines the plan stays
+        against = _against(run, winner_name)
     shown = {winner_name, *(one.cell.name for one in results if one.cell.roles)}
     results = tuple(
         replace(one, record=_record(run, one, command, "bench" if one.cell.name in shown else "sweep"))
@@ -254,7 +259,7 @@ def _against(run: SweepRun, winner: str) -> dict[Role, tuple[str, Verdict | None
 def _plan_of(planned: PlannedModel, cell: Cell) -> Plan:
     if cell.placement == planned.plan.placement:
         return planned.plan
-    problem = replace(planned.problem, compute=None)
+    problem = problem_of(replace(planned.problem, compute=None), cell.placement)
     plan = make_plan(planned.plan.model_ref, problem, planned.surroundings.speeds, placement=cell.placement)
     path = str(planned.model.header.paths[0])
     return replace(plan, argv=tuple(planned.model.path if word == path else word for word in plan.argv))

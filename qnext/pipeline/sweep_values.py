@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qnext.bench.knob_model import Level
 from qnext.bench.race_values import Arm
 from qnext.pipeline.request import Request
+from qnext.plan.placement import Problem
 from qnext.plan.values import Override, Placement, Prediction, SpeedRange, Workload
 from qnext.store.identity import digest_of
 
@@ -196,9 +197,16 @@ def predicted_seconds(
     return low, mid, high
 
 
-def with_cache(placement: Placement, kv_type: str, flash: str) -> Placement:
-    """`placement` with both caches of one type."""
-    return replace(placement, kv_type_k=kv_type, kv_type_v=kv_type, flash_attention=flash)  # type: ignore[arg-type]
+def problem_of(problem: Problem, placement: Placement) -> Problem:
+    """`problem` as wished for `placement`: what is said of it then speaks of the same cache and attention."""
+    options = replace(
+        problem.options,
+        flash_attention=placement.flash_attention,
+        kv_type_k=placement.kv_type_k,
+        kv_type_v=placement.kv_type_v,
+        ubatch=placement.ubatch,
+    )
+    return replace(problem, options=options)
 
 
 def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:

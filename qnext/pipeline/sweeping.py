@@ -57,6 +57,11 @@ SLOWEST = 6.0
 LEAST_LIMIT_S = 2.0
 BASELINE_SHARE = 0.25
 """Of the budget: what a baseline, or the very first cell, may take for one measurement."""
+OVERRUN, OVERRUN_S = 2.0, 20.0
+"""Where a race is cut short: so many times its budget and so much beside, when the machine is far slower than
+forecast."""
+DEPTH_LIMIT_SHARE = 0.25
+"""Of the budget: what reading the depth may take before a cell counts as too slow."""
 CELL_SECONDS = 6.0
 """Short measurements that a budget in cells grants each of them, in all."""
 
@@ -100,13 +105,14 @@ class SweepWatch:
 
 @dataclass(frozen=True, slots=True)
 class SweepRun:
-    """A sweep that ended: what the race says, with everything measured."""
+    """A sweep that ended: what the race says, with everything measured; `cut_short`: not to its end."""
 
     sweep: StoredSweep
     planned: PlannedModel
     settings: SweepSettings
     cells: tuple[Cell, ...]
     result: Result
+    cut_short: bool
 
 
 def prepare_sweep(
@@ -121,7 +127,7 @@ def prepare_sweep(
     cooldown_s: float = 0.0,
     seed: int = 0,
 ) -> Prepared:
-    """Plan the model and list what to try. `seconds` None: as long as `cell_limit` cells take by the forecast.
+    """Plan the model and list what to try. `seconds` None: as long as `cell_limit` cells should take.
 
     Raises DoesNotFitError for a model without a plan, UsageError for a workload that the context cannot hold.
     """
@@ -140,9 +146,10 @@ def prepare_sweep(
     crashes: Mapping[str, str] = known.failures if known else {}
     cells = make_cells(
         planned,
+        request,
         objective=objective,
         grid=grid or Grid(),
-        fit=_fit(planned, paths, notice, default_placement(planned, crashes)),
+        fit=_fit(planned, paths, notice, default_placement(planned, request, crashes)),
         crashes=crashes,
     )
     first = cells[0]
@@ -241,7 +248,14 @@ def run_sweep(
             "no configuration of the sweep ran",
             hint=f"See what happened: qnext run {sweep.model} --prompt Hello -v",
         )
-    return SweepRun(store.get(sweep.id), prepared.planned, prepared.settings, prepared.cells, result)
+    return SweepRun(
+        store.get(sweep.id),
+        prepared.planned,
+        prepared.settings,
+        prepared.cells,
+        result,
+        cut_short=driver.race.next() is not None,
+    )
 
 
 class _Driver:
@@ -290,9 +304,11 @@ class _Driver:
             workload=settings.workload,
             seed=settings.seed,
             silence_limit_s=self._silence_limit_s(),
+            depth_limit_s=max(5 * LEAST_LIMIT_S, DEPTH_LIMIT_SHARE * settings.seconds),
             on_load=self._watch.on_load,
         ) as engine:
-            while (step := self.race.next()) is not None:
+            end_s = OVERRUN * settings.seconds + OVERRUN_S
+            while (step := self.race.next()) is not None and self.race.spent_s < end_s:
                 cell = self._prepared.cells[self._places[step.arm]]
                 if self._watch.on_step is not None:
                     self._watch.on_step(step, cell)

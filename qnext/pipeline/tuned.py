@@ -32,7 +32,7 @@ from qnext.pipeline.planning import (
 )
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice
-from qnext.pipeline.sweep_values import placement_from_dict
+from qnext.pipeline.sweep_values import placement_from_dict, problem_of
 from qnext.plan.plan import make_plan
 from qnext.plan.values import Placement
 from qnext.store.identity import model_digest
@@ -155,7 +155,7 @@ def _tuned_plan(request: Request, paths: Paths, notice: Notice, chosen: ChosenMo
         notice(f"tuned profile {good.name} is not used, because of {', '.join(asked)}")
         return None
     placement = _with_wishes(good.placement, request)
-    problem = problem_on(machine, chosen.model, request, around)
+    problem = problem_of(problem_on(machine, chosen.model, request, around), placement)
     if set(placement.devices) - set(problem.offload_devices()):
         notice(f"tuned profile {good.name} is not used: it needs {', '.join(placement.devices)}")
         return None

@@ -41,9 +41,9 @@ class StoredCell:
 class Measurement:
     """One measurement of the cell at position `cell`; `status` None: it began and never ended.
 
-    `prefill_ns` is the time of `prompt` tokens after `depth` others, `token_ns` of each decode step, `turn_ns`
-    of the sweep's objective, `seconds` of all that was needed for it. `facts` hold what else was seen: bytes
-    allocated, at first, and the figures of GPUs.
+    `prefill_ns` is the time of `prompt` tokens after `depth` others, `token_ns` of each decode step,
+    `turn_ns` of the sweep's objective, `seconds` of all that was needed for it. `facts` hold what else was
+    seen: what is active and allocated, at first.
     """
 
     number: int
