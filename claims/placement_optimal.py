@@ -132,7 +132,7 @@ def _ratio(problem: Problem) -> float:
 
 def _placements(problem: Problem, base: Placement) -> Iterator[Placement]:
     """All ubatches, cuts and sets of layers with their experts in RAM."""
-    from qnext.plan.flags import expert_pattern
+    from qnext.plan.expert_rules import expert_pattern
     from qnext.plan.options import GPU_UBATCHES
     from qnext.plan.placement import ALL_LAYERS
     from qnext.plan.values import HOST, Override

@@ -173,9 +173,9 @@ def unpaired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float 
     """How much larger a is than b where each was measured by itself, in any number of samples.
 
     Give times and a ratio over 1 says that b is faster. `ratio` is the Hodges-Lehmann estimate: the median of
-    all differences of a logarithm of a and one of b. low..high lie between the differences that the Mann-Whitney
-    test at this confidence does not reject (Hollander, Wolfe, Chicken 2014, chapter 4): whatever the
-    distribution, and without chance. Swapping a and b gives exactly the inverse.
+    all differences of a logarithm of a and one of b. low..high lie between the differences that the
+    Mann-Whitney test at this confidence does not reject (Hollander, Wolfe, Chicken 2014, chapter 4): whatever
+    the distribution, and without chance. Swapping a and b gives exactly the inverse.
 
     The samples must stand for all that can differ between a and b. Those of one process do not: each start
     lays out memory anew and meets another temperature, so a caller that compares two processes has to allow

@@ -8,17 +8,10 @@ layers, so only when those are the ones, all of them.
 from __future__ import annotations
 
 from qnext.models.shape import ModelShape
+from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.host_caches import HostCaches
 from qnext.plan.values import CPU_REPACK, HOST, Override, Placement
 from qnext.units import MIB
-
-EXPERT_TENSORS = r"ffn_(up|down|gate_up|gate)_(ch|)exps"
-"""Regex of llama.cpp's `--cpu-moe`: every routed-expert tensor of a block, fused and chunked ones too."""
-
-
-def expert_pattern(layers: tuple[int, ...]) -> str:
-    """Override pattern for the routed experts of these layers."""
-    return rf"blk\.({'|'.join(str(layer) for layer in layers)})\.{EXPERT_TENSORS}"
 
 
 def llama_server_argv(

@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from qnext.plan.cut import DeviceShare, Packed, best_cut
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.layer_prices import NO_PIPELINE, LayerPrice, compute_needs, fixed_seconds, price_layers
 from qnext.plan.placement import Placed, Problem, check_placement
 from qnext.plan.turn import placed_seconds

@@ -11,12 +11,13 @@ byte moved to a GPU relieves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.memory import MemoryPlan, plan_memory
 from qnext.plan.options import PlanOptions
 from qnext.plan.overrides import checked_overrides, repack_overrides
@@ -280,19 +281,20 @@ class _Dealer:
         assert best is not None
         return best
 
-    def fewest_that_seem_to_fit(self, counts: Iterable[int]) -> int | None:
+    def fewest_that_seem_to_fit(self, counts: range) -> int | None:
         """The first number of tail layers with experts on the CPU that fits with what is known so far."""
-        total = self._problem.shape.n_layer
-        for count in counts:
-            placement = _with_cpu_experts(self._problem, self._base, _tail(total, count))
-            position, costs, fits = 0, self._costs(placement), True
-            for name, number in zip(self._base.devices, self._counts(placement, self._latest), strict=True):
-                taken = sum(costs[position : position + number])
-                fits = fits and taken <= self._budgets[name] - self._latest[name]
-                position += number
-            if fits:
-                return count
-        return None
+        found = bisect_left(counts, True, key=self._seems_to_fit)
+        return counts[found] if found < len(counts) else None
+
+    def _seems_to_fit(self, cpu_expert_layers: int) -> bool:
+        tail = _tail(self._problem.shape.n_layer, cpu_expert_layers)
+        placement = _with_cpu_experts(self._problem, self._base, tail)
+        position, costs = 0, self._costs(placement)
+        for name, number in zip(self._base.devices, self._counts(placement, self._latest), strict=True):
+            if sum(costs[position : position + number]) > self._budgets[name] - self._latest[name]:
+                return False
+            position += number
+        return True
 
     def _costs(self, placement: Placement) -> list[int]:
         """Bytes of each layer that moves, the output layer last."""

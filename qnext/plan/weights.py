@@ -15,13 +15,14 @@ import re
 import struct
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from qnext.errors import UsageError
 from qnext.models.header import ModelHeader, TensorInfo
 from qnext.models.shape import ModelShape, is_expert, layer_of
+from qnext.plan.expert_rules import EXPERT_TENSORS, expert_layers
 from qnext.plan.identity import Same
 from qnext.plan.traits import AMX, CPU_ALIGNMENT, DeviceTraits, amx_bytes, extra_buffer_accepts, pad
 from qnext.plan.values import HOST, Override, Placement
@@ -37,6 +38,7 @@ _ROPE = re.compile(r"^rope_(?:freqs|factors_long|factors_short)\.")
 _LOOKED_UP = re.compile(
     r"(?:^|\.)(?:token_embd|embed_tokens|token_types|position_embd|per_layer_token_embd)\."
 )
+_EXPERT_OF = re.compile(rf"blk\.(\d+)\.{EXPERT_TENSORS}")
 _MULTIPLIED = re.compile(r"\.weight$")
 
 
@@ -232,19 +234,23 @@ class _Rules:
 class _Matches(dict[str, bool]):
     """Whether a pattern is found in a tensor's name: a search for a placement asks it again and again."""
 
-    def __init__(self, pattern: re.Pattern[str]) -> None:
+    def __init__(self, search: Callable[[str], object]) -> None:
         super().__init__()
-        self._pattern = pattern
+        self._search = search
 
     def __missing__(self, name: str) -> bool:
-        found = self[name] = self._pattern.search(name) is not None
+        found = self[name] = bool(self._search(name))
         return found
 
 
 @lru_cache(maxsize=256)
 def _matches(rule: Override) -> _Matches:
     try:
-        return _Matches(re.compile(rule.pattern))
+        layers = expert_layers(rule.pattern)
+        if layers is None:
+            return _Matches(re.compile(rule.pattern).search)
+        # Of a search's many patterns for experts only the layers differ: no need to compile each of them.
+        return _Matches(lambda name: (found := _EXPERT_OF.search(name)) and found[1] in layers)
     except re.error as error:
         raise UsageError(
             f"'{rule.pattern}={rule.buffer}' is not a regular expression: {error}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.store.record import Record
 
 BANDWIDTH_NOISE = 0.10

@@ -16,7 +16,7 @@ from qnext.bench.names import parse_name
 from qnext.bench.statistics import summarise
 from qnext.errors import UsageError
 from qnext.pipeline.comparing_records import RecordComparison, check_knob, compare_records, find_baseline
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.store.differences import find_differences
 from qnext.store.record import EngineIdentity, Identity, Record, TestResult
 from qnext.store.results import ResultStore

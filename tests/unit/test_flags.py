@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qnext.config import KV_TYPES
 from qnext.engine.llama.params import FLASH_ATTENTION, LOAD_MODES
-from qnext.plan.flags import expert_pattern, llama_server_argv, server_warnings
+from qnext.plan.expert_rules import expert_pattern
+from qnext.plan.flags import llama_server_argv, server_warnings
 from qnext.plan.host_caches import HostCaches, plan_host_caches
 from qnext.plan.values import CPU_REPACK, HOST, DeviceMemory, Override, Placement
 from qnext.units import GIB, MIB

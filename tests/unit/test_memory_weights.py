@@ -6,6 +6,7 @@ synthetic files, read with scripts/bench_memory_exact.py on a CPU with AVX2 and 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,26 @@ from qnext.models.gguf_reader import read_header
 from qnext.models.header import ModelHeader, TensorInfo
 from qnext.models.shape import ModelShape, read_shape
 from qnext.models.synth.synthesise import synthesise
+from qnext.plan.expert_rules import expert_layers, expert_pattern
 from qnext.plan.traits import AMX, DeviceTraits, amx_bytes, device_traits, host_traits, repack_rows
 from qnext.plan.values import CPU_REPACK, HOST, Budget, Override, Placement
-from qnext.plan.weights import MAPPED, assign_buffers, buffer_bytes, layer_devices, weights_by_device
+from qnext.plan.weights import (
+    MAPPED,
+    _matches,
+    assign_buffers,
+    buffer_bytes,
+    layer_devices,
+    weights_by_device,
+)
+
+EXPERT_NAMES = (
+    "ffn_up_exps",
+    "ffn_gate_up_exps",
+    "ffn_down_chexps",
+    "ffn_down_shexp",
+    "ffn_gate_inp",
+    "attn_q",
+)
 
 RPC = DeviceTraits("RPC0", "rpc", "RPC0[127.0.0.1:50052]")
 CUDA = device_traits(Budget("CUDA0", "gpu", 0, "CUDA0"))
@@ -204,3 +222,15 @@ def test_more_gpu_layers_never_leave_more_weights_on_the_host(name: str, models:
     ]
     assert on_host == sorted(on_host, reverse=True)
     assert on_host[0] > on_host[-1]
+
+
+@given(st.sets(st.integers(0, 99), min_size=1), st.integers(0, 120), st.sampled_from(EXPERT_NAMES))
+def test_our_own_pattern_is_read_as_a_regular_expression_would_be(
+    layers: set[int], layer: int, name: str
+) -> None:
+    pattern = expert_pattern(tuple(sorted(layers)))
+    tensor = f"blk.{layer}.{name}.weight"
+    named = expert_layers(pattern)
+    assert named == {str(one) for one in layers}
+    assert _matches(Override(pattern, HOST))[tensor] == bool(re.search(pattern, tensor))
+    assert expert_layers(pattern + "x") is None and expert_layers("exps") is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qnext.models.shape import is_expert, layer_of
 from qnext.plan.cut import DeviceShare, best_cut
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.layer_prices import NO_PIPELINE, ComputeNeed, LayerPrice
 from qnext.plan.packing import pack_experts
 from qnext.plan.placement import ALL_LAYERS, Placed, Problem, check_placement, find_placement
