@@ -27,7 +27,7 @@ from qnext.pipeline.sweep_values import (
     predicted_seconds,
 )
 from qnext.plan.choice import cache_types, choose_placement
-from qnext.plan.flags import expert_pattern
+from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
 from qnext.plan.placement import ALL_LAYERS, check_placement, on_cpu
@@ -43,6 +43,9 @@ OFFLOAD_THRESHOLDS = (8, 128, 512)
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
 FEWER_EXPERTS = (1, 2, 4)
 """Expert layers to leave off the devices, of what fits."""
+FIT_SPARE = 0.05
+"""What llama.cpp's own placements may lack of a budget by our arithmetic and are run all the same: it counts
+the margin otherwise, and a baseline is worth the try."""
 FAR = 0.03
 """How much longer a forecast counts for each knob that differs from the plan."""
 CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q5_1": 0.75, "q5_0": 0.6875}
@@ -112,7 +115,13 @@ class _Maker:
         self._planned, self._objective, self._grid, self._crashes = planned, objective, grid, crashes
         # The dry run's figures are of the plan's own ubatch and cache: others are estimated.
         self._problem = replace(planned.problem, compute=None)
-        self._plan = planned.plan.placement
+        self._plan = plan = planned.plan.placement
+        self._plan_threads = (plan.threads, plan.threads_batch)
+        self._all_on_devices = bool(
+            plan.devices
+            and not plan.cpu_expert_layers
+            and plan.n_gpu_layers > planned.model.shape.n_layer_all
+        )
         self._base_knobs = self._knobs_of_weights(self._plan, self._layout_of(self._plan))
         self._plan_knobs = self._knobs(_Base(self._plan, self._base_knobs), self._plan)
 
@@ -132,7 +141,8 @@ class _Maker:
                 known.add(identity)
                 taken.add(cell.name)
                 if cell.status:
-                    refused.append(cell)
+                    if (placement.threads, placement.threads_batch) == self._plan_threads:
+                        refused.append(cell)  # threads take no memory: one of them tells it all
                 else:
                     live.setdefault(cell.group, []).append(cell)
         chosen = self._trimmed(live, MOST_CELLS - len(baselines))
@@ -168,7 +178,7 @@ class _Maker:
                 )
                 refused.append(replace(self._cell(crashing, crashing.placement), name=f"{name} as it comes"))
             base = _Base(placement, self._knobs_of_weights(placement, self._layout_of(placement)))
-            cell = self._cell(base, placement)
+            cell = self._cell(base, placement, spare=0.0 if role == "plan" else FIT_SPARE)
             found[identity] = replace(cell, name=name, roles=() if cell.status else (role,))
         return [*found.values(), *refused]
 
@@ -177,7 +187,8 @@ class _Maker:
         plan, grid, problem = self._plan, self._grid, self._problem
         first = _Base(plan, self._base_knobs)
         yield first
-        for layout in self._levels("repack", ("full", "experts", "off"), self._layout_of(plan)):
+        layouts = () if self._all_on_devices else ("full", "experts", "off")
+        for layout in self._levels("repack", layouts, self._layout_of(plan)):
             yield from self._laid_out(plan, str(layout))
         if plan.devices:
             for placement in self._placements():
@@ -186,7 +197,7 @@ class _Maker:
         bare = plan
         if not plan.devices and not grid.closed and grid.repack is None:
             bare = on_cpu(replace(problem, options=replace(problem.options, repack="off")), plan)
-        copied = self._layout_of(bare) != "off"
+        copied = self._layout_of(bare) != "off" or self._all_on_devices
         usual = () if copied and grid.load_mode is None else ("none", "mmap")
         for mode in self._levels("load_mode", usual, plan.load_mode):
             placement = replace(bare, load_mode=mode)  # type: ignore[arg-type]
@@ -244,7 +255,7 @@ class _Maker:
             placed = choose_placement(replace(self._problem, options=wish))
             if placed.gpus_fit and placed.placement.devices:
                 yield _as(placed.placement, plan)
-        if self._grid.cpu_experts is None:
+        if self._grid.cpu_experts is None and not self._all_on_devices:
             yield from _with_fewer_experts(plan, self._planned.model.shape.n_layer)
 
     def _contexts(self, base: Placement) -> Iterator[Placement]:
@@ -283,7 +294,9 @@ class _Maker:
         if cpu.performance_cores and cpu.efficiency_cores:
             usual.append(min(cpu.performance_cores, cores))
         asked = self._planned.surroundings.threads
-        if planned not in (cores, logical) and asked == self._plan.threads:
+        if self._all_on_devices:
+            usual = []
+        elif planned not in (cores, logical) and asked == self._plan.threads:
             usual = [count for count in usual if count < planned]  # the user's own limit stands
         return [int(level) for level in self._levels(knob, usual, planned)]
 
@@ -322,8 +335,8 @@ class _Maker:
             if flash != "off" or (cache.partition("/")[2] or cache) in plain
         ]
 
-    def _cell(self, base: _Base, placement: Placement) -> Cell:
-        """One cell with its forecast; refused where it has no room."""
+    def _cell(self, base: _Base, placement: Placement, spare: float = 0.0) -> Cell:
+        """One cell with its forecast; refused where it lacks more than the share `spare` of a budget."""
         problem, planned = self._problem, self._planned
         status, because = base.status, base.because
         if placement == planned.plan.placement:
@@ -331,6 +344,8 @@ class _Maker:
         else:
             placed = check_placement(problem, placement)
             devices, missing = placed.memory.devices, placed.missing
+        budgets = {device.name: device.budget_bytes or 0 for device in devices}
+        missing = {name: size for name, size in missing.items() if size > spare * budgets[name]}
         if missing and not status:
             lacking = ", ".join(f"{format_bytes(size)} on {name}" for name, size in missing.items())
             status, because = "does-not-fit", f"{lacking} missing, by arithmetic"
