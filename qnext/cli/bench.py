@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli import bench_sweep
+from qnext.cli import bench_report, bench_sweep
 from qnext.cli.bench_endpoint import (
     DEFAULT_CONCURRENCY,
     DEFAULT_DEADLINE,
@@ -201,3 +201,4 @@ def show(
 
 register(app)
 bench_sweep.register(app)
+bench_report.register(app)

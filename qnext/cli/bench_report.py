@@ -1,0 +1,78 @@
+"""`qnext bench report`: a sweep as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qnext.cli.output import note
+
+if TYPE_CHECKING:
+    from qnext.store.record import Record
+    from qnext.store.results import ResultStore
+    from qnext.store.sweeps import StoredSweep, SweepStore
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the `bench` group."""
+    app.command("report")(report)
+
+
+def report(
+    sweep: Annotated[
+        str | None,
+        typer.Argument(metavar="[SWEEP]", help="Id of a sweep or its first characters; the newest."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write it; - is stdout.")
+    ] = Path("report.html"),
+) -> None:
+    """Write a sweep as one HTML page: verdict, commands, charts, every cell.
+
+    The file needs no network, and works for sweeps that were cut short.
+
+    Example: qnext bench report -o report.html
+    """
+    import sys
+
+    from qnext.config import find_paths
+    from qnext.errors import UsageError
+    from qnext.report.html_report import html_report
+    from qnext.store.results import ResultStore
+    from qnext.store.sweeps import SweepStore
+
+    path = find_paths().results_db
+    sweeps, results = SweepStore(path), ResultStore(path)
+    stored = _newest(sweeps, results) if sweep is None else sweeps.get(sweep)
+    if stored is None:
+        raise UsageError("no sweep was made yet", hint="Start one: qnext bench sweep demo")
+    page = html_report(stored, _record_of(stored, results))
+    if str(output) == "-":
+        sys.stdout.write(page)
+        return
+    try:
+        output.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {output}: {error.strerror or error}", hint="Give -o another place."
+        ) from error
+    note(f"wrote sweep {stored.id} to {output}")
+
+
+def _newest(sweeps: SweepStore, results: ResultStore) -> StoredSweep | None:
+    """The newest sweep: one that was cut short, or one that left records."""
+    found = [] if (cut := sweeps.unfinished()) is None else [cut]
+    for record in results.history(None, kind="bench"):
+        if (record.workload or {}).get("sweep"):
+            found.append(sweeps.get(str((record.workload or {})["sweep"])))
+            break
+    return max(found, key=lambda one: one.started_at, default=None)
+
+
+def _record_of(sweep: StoredSweep, results: ResultStore) -> Record | None:
+    """The winner's record, or any other that the sweep left."""
+    winner = (sweep.result or {}).get("winner")
+    kept = sorted((cell.name != winner, cell.record_id) for cell in sweep.cells if cell.record_id)
+    return results.find(kept[0][1]) if kept else None

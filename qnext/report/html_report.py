@@ -1,0 +1,449 @@
+"""A sweep as one HTML file: what was found and how sure it is, how to start it, every cell, what was refused.
+
+Nothing is fetched when the page is opened, and a policy in its head lets no script or style run but its own.
+All that comes from outside (names of models, messages of engines) reaches the page through Jinja's escaping
+or as text of an SVG element. A sweep that was cut short has no verdict, and the page says so rather than call
+the fastest median a winner. Files are named by `$HOME` and paths in messages left out, because reports are
+shown to others.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from qnext.hardware.redact import redact_machine, redact_text
+from qnext.plan.export import flag_lines
+from qnext.plan.values import CPU_REPACK
+from qnext.report.html_charts import draw
+from qnext.report.html_figures import (
+    CONTENDERS,
+    Figure,
+    forecast_figure,
+    latency_figure,
+    over_knob,
+    pareto_figure,
+    percentile,
+)
+from qnext.report.words import digits, local_time, plural, workload_words
+
+if TYPE_CHECKING:
+    from qnext.pipeline.sweep_results import CellResult
+    from qnext.pipeline.sweep_values import Cell, SweepSettings
+    from qnext.store.record import Record
+    from qnext.store.sweeps import StoredSweep
+
+ROLES = {"plan": "the plan", "fit": "llama.cpp's own fit", "defaults": "llama.cpp's defaults"}
+MEANINGS = {
+    "ok": "measured and ranked",
+    "does-not-fit": "needs more memory than there is: by arithmetic, or because less already ran out",
+    "out-of-memory": "the engine got no more memory",
+    "crashed": "the engine's process ended",
+    "hung": "the engine said nothing for too long",
+    "too-slow": "stopped, because it could not win any more",
+    "noisy": "its steps differ too much to be ranked",
+    "confounded": "the engine made something else than was asked",
+    "cannot-win": "not measured: what was measured of its settings says that it cannot win",
+    "not-reached": "not measured: it could have won, but the time was used up",
+    "waiting": "not measured yet",
+}
+OBJECTIVES = {"turn": "per turn", "decode": "of decode", "prefill": "of prefill"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell as the table shows it. Times per token in ms, None where nothing was measured."""
+
+    result: CellResult
+    because: str
+    chosen: bool
+    labels: tuple[str, ...]
+    token_ms: tuple[float, float, float, float] | None
+    steps: int
+    rss_bytes: int | None
+    major_faults: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The chosen cell against a baseline: `said` in words, figures where it was tested."""
+
+    label: str
+    word: str
+    said: str
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int | None = None
+
+
+def html_report(sweep: StoredSweep, record: Record | None) -> str:
+    """The page. `record`, of machine and engine, is any that the sweep left; None where it left none."""
+    import jinja2
+    from markupsafe import Markup
+
+    from qnext import __version__
+    from qnext.pipeline.sweep_results import summarise_cells
+    from qnext.pipeline.sweep_values import cell_from_dict, settings_from_dict
+
+    settings = settings_from_dict(sweep.settings)
+    cells = tuple(
+        cell_from_dict(cell.name, cell.config, "" if cell.status == "waiting" else cell.status, cell.because)
+        for cell in sweep.cells
+    )
+    results = summarise_cells(sweep, cells, None)
+    chosen = _chosen(sweep, results)
+    name = "" if chosen is None else chosen.cell.name
+    comparisons = _comparisons(sweep, results, settings)
+    rows = _rows(sweep, results, name)
+    pareto, front = pareto_figure(results)
+    figures = [
+        over_knob(results, name, "cpu experts", "Expert layers in RAM", "expert layers in RAM"),
+        over_knob(results, name, "ubatch", "Tokens per batch", "ubatch", doubling=True),
+        pareto,
+        forecast_figure(results),
+        latency_figure(_contenders(sweep, rows, name)),
+    ]
+    page = files("qnext.report") / "page"
+    style, script = ((page / file).read_text(encoding="utf-8") for file in ("report.css", "report.js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"digits": digits, "seconds": _seconds, "size": _size, "percent": _percent}
+    return environment.from_string((page / "report.html.j2").read_text(encoding="utf-8")).render(
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        version=__version__,
+        sweep=sweep,
+        settings=settings,
+        model=_model_name(sweep.model),
+        objective=OBJECTIVES[settings.objective],
+        workload=workload_words(settings.workload),
+        when=local_time(sweep.started_at),
+        headline=_headline(sweep, results, chosen, comparisons, settings),
+        warning=_warning(sweep, results),
+        chosen=chosen,
+        comparisons=comparisons,
+        commands=[] if chosen is None else _commands(sweep, settings, chosen.cell),
+        figures=[(figure, [Markup(draw(chart)) for chart in figure.charts]) for figure in figures],
+        legends=[_legend(figure) for figure in figures],
+        front=[one for one in results if one.cell.name in front],
+        rows=rows,
+        statuses=[word for word in MEANINGS if any(row.result.status == word for row in rows)]
+        + sorted({row.result.status for row in rows} - set(MEANINGS)),
+        meanings=MEANINGS,
+        refused=_refused(rows),
+        machine=_machine(record),
+        identity=_identity(sweep, settings, record),
+    )
+
+
+def _chosen(sweep: StoredSweep, results: Sequence[CellResult]) -> CellResult | None:
+    """The stored winner; while there is none, the cell with the least median time."""
+    named = (sweep.result or {}).get("winner")
+    ran = [one for one in results if one.turn_s and one.status == "ok"]
+    found = next((one for one in results if one.cell.name == named), None)
+    return found or min(ran, key=lambda one: one.turn_s or 0.0, default=None)
+
+
+def _comparisons(
+    sweep: StoredSweep, results: Sequence[CellResult], settings: SweepSettings
+) -> tuple[Comparison, ...]:
+    """The stored verdicts, for each baseline one."""
+    if sweep.result is None:
+        return ()
+    winner, against = sweep.result.get("winner"), sweep.result.get("against", {})
+    found = []
+    for role, label in ROLES.items():
+        cell = next((one for one in results if role in one.cell.roles), None)
+        told = against.get(role) or {}
+        if cell is None:
+            found.append(Comparison(label, "not run", _absence(role, results)))
+        elif cell.cell.name == winner:
+            found.append(Comparison(label, "chosen", "this is the chosen configuration"))
+        elif told.get("word") is None:
+            why = (
+                "no pairs were measured"
+                if cell.status == "ok"
+                else f"{cell.status}: {redact_text(cell.because)}"
+            )
+            found.append(Comparison(label, "not tested", f"not tested, {why}"))
+        else:
+            interval = (
+                f"{told['confidence']:.0%} interval {_percent(told['low'] - 1)} to "
+                f"{_percent(told['high'] - 1)}, {plural(told['pairs'], 'pair')}"
+            )
+            found.append(
+                Comparison(
+                    label,
+                    told["word"],
+                    f"{_difference(told['word'], told['ratio'])} ({interval})",
+                    told["ratio"],
+                    told["low"],
+                    told["high"],
+                    told["pairs"],
+                )
+            )
+    return tuple(found)
+
+
+def _absence(role: str, results: Sequence[CellResult]) -> str:
+    refused = next((one for one in results if role == "fit" and "fit" in one.cell.name and one.because), None)
+    if refused is not None:
+        return f"not run, {refused.status}: {redact_text(refused.because)}"
+    return "not run: it cannot be asked here, or does not fit"
+
+
+def _difference(word: str, ratio: float) -> str:
+    if word == "faster":
+        return f"{1 - ratio:.1%} less time"
+    return f"{ratio - 1:.1%} more time" if word == "slower" else "no difference shown"
+
+
+def _headline(
+    sweep: StoredSweep,
+    results: Sequence[CellResult],
+    chosen: CellResult | None,
+    comparisons: Sequence[Comparison],
+    settings: SweepSettings,
+) -> str:
+    """What was found, in a sentence or two."""
+    if chosen is None:
+        return f"None of the {plural(len(results), 'configuration')} gave a figure, so nothing is known yet."
+    per, ran = OBJECTIVES[settings.objective], sum(one.count > 0 for one in results)
+    if sweep.result is None:
+        return (
+            f"The fastest so far is “{chosen.cell.name}” with {_seconds(chosen.turn_s)} {per}, of {ran} "
+            f"measured of {plural(len(results), 'configuration')}. It was not tested against the plan, so "
+            "nothing is proven yet."
+        )
+    plan = next((one for one in comparisons if one.label == ROLES["plan"]), None)
+    if plan is None or plan.word == "chosen":
+        first = (
+            "The plan is the only configuration, and it runs."
+            if len(results) == 1
+            else f"The plan stays: none of {len(results) - 1} other configurations was shown to be faster."
+        )
+    elif plan.ratio is None:
+        first = f"“{chosen.cell.name}” is chosen; against the plan it was not tested."
+    else:
+        first = f"“{chosen.cell.name}” against the plan: {plan.said} {per}."
+    fit = next((one for one in comparisons if one.label == ROLES["fit"]), None)
+    second = "" if fit is None else f" Against {fit.label}: {fit.said}."
+    if fit is not None and fit.word == "chosen":
+        second = " It is llama.cpp's own fit."
+    return first + second
+
+
+def _warning(sweep: StoredSweep, results: Sequence[CellResult]) -> str:
+    """What keeps the figures from being the last word; empty where nothing does."""
+    waiting = sum(one.status == "waiting" for one in results)
+    left = f"; {plural(waiting, 'cell')} still waiting" if waiting else ""
+    if sweep.status == "ok":
+        return "It ended before its test was done." if (sweep.result or {}).get("cut_short") else ""
+    state = {"running": "is still running", "interrupted": "was cut short", "failed": "failed"}[sweep.status]
+    return f"This sweep {state}{left}. Go on with: qnext bench sweep {sweep.id} --resume"
+
+
+def _rows(sweep: StoredSweep, results: Sequence[CellResult], chosen: str) -> tuple[Row, ...]:
+    """Measured cells by their time, then the others as they were made."""
+    found = []
+    for place, one in enumerate(results):
+        mine = [told for told in sweep.measurements if told.cell == place and told.status == "ok"]
+        times = sorted(ns for told in mine for ns in told.token_ns)
+        resident = [told.rss_bytes for told in mine if told.rss_bytes is not None]
+        faults = [told.major_faults for told in mine if told.major_faults is not None]
+        token_ms = None
+        if times:
+            median, p95, p99 = (percentile(times, share) / 1e6 for share in (0.5, 0.95, 0.99))
+            token_ms = (median, p95, p99, times[-1] / 1e6)
+        found.append(
+            Row(
+                one,
+                redact_text(one.because),
+                one.cell.name == chosen,
+                tuple(ROLES[role] for role in one.cell.roles),
+                token_ms,
+                len(times),
+                max(resident, default=None),
+                max(faults, default=None),
+            )
+        )
+    return tuple(sorted(found, key=lambda row: (row.result.turn_s is None, row.result.turn_s or 0.0)))
+
+
+def _contenders(sweep: StoredSweep, rows: Sequence[Row], chosen: str) -> list[tuple[str, list[int]]]:
+    """Steps of the chosen cell, of the baselines and of the fastest others."""
+    ranked = [row for row in rows if row.steps]
+    ranked.sort(key=lambda row: (not row.chosen, not row.labels))  # stable: by time within
+    places = {cell.name: place for place, cell in enumerate(sweep.cells)}
+    found = []
+    for row in ranked[:CONTENDERS]:
+        place = places[row.result.cell.name]
+        told = [one for one in sweep.measurements if one.cell == place and one.status == "ok"]
+        found.append((row.result.cell.name, [ns for one in told for ns in one.token_ns]))
+    return found
+
+
+def _refused(rows: Sequence[Row]) -> list[tuple[str, int, list[tuple[str, list[str]]]]]:
+    """(status, cells, reasons with the names that share them) of all that is not ranked."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.result.status != "ok":
+            groups.setdefault(row.result.status, {}).setdefault(row.because, []).append(row.result.cell.name)
+    order = list(MEANINGS)
+    return [
+        (status, sum(map(len, reasons.values())), list(reasons.items()))
+        for status, reasons in sorted(
+            groups.items(), key=lambda entry: order.index(entry[0]) if entry[0] in order else -1
+        )
+    ]
+
+
+def _commands(sweep: StoredSweep, settings: SweepSettings, cell: Cell) -> list[tuple[str, str]]:
+    """(what it is, the command) for a shell."""
+    found = []
+    if (sweep.result or {}).get("profile"):
+        found.append(("With the saved profile", _shell(["qnext", "run", sweep.model])))
+    found.append(("The same, every setting named", _shell(run_words(settings.request.model, cell), cell)))
+    server = (sweep.result or {}).get("llama_server_argv")
+    if server:
+        found.append(("With llama-server", _shell(server, cell)))
+    return found
+
+
+def run_words(model: str, cell: Cell) -> list[str]:
+    """`qnext run` with a flag for everything that a sweep may choose."""
+    chosen = cell.placement
+    layout = "off"
+    if chosen.extra_buffers:
+        layout = "full"
+    elif any(rule.buffer == CPU_REPACK for rule in chosen.overrides):
+        layout = "experts"
+    words = ["qnext", "run", model, "--no-tuned"]
+    if chosen.rpc_servers:
+        words += ["--rpc", ",".join(chosen.rpc_servers)]
+    if chosen.devices:
+        words += ["-ngl", str(chosen.n_gpu_layers)]
+    moved = chosen.cpu_expert_layers
+    placed = [rule for rule in chosen.overrides if rule.buffer != CPU_REPACK]
+    if moved == tuple(range(len(moved))) and moved and len(placed) == 1:
+        words += ["-ncmoe", str(len(moved))]
+    else:
+        words += [word for rule in placed for word in ("-ot", f"{rule.pattern}={rule.buffer}")]
+    if chosen.tensor_split is not None:
+        words += ["-ts", ",".join(f"{share:.9g}" for share in chosen.tensor_split)]
+    words += ["-c", str(chosen.context), "-b", str(chosen.batch), "-ub", str(chosen.ubatch)]
+    words += ["-ctk", chosen.kv_type_k, "-ctv", chosen.kv_type_v, "-fa", chosen.flash_attention]
+    words += ["-t", str(chosen.threads), "-tb", str(chosen.threads_batch)]
+    return [*words, "-lm", chosen.load_mode, "--repack", layout]
+
+
+def _shell(words: Sequence[str], cell: Cell | None = None) -> str:
+    """Quoted for a POSIX shell, a flag per line; the home folder as `$HOME`."""
+    home = f"{Path.home()}/"
+    quoted = [
+        f'"$HOME"/{shlex.quote(word.removeprefix(home))}' if word.startswith(home) else shlex.quote(word)
+        for word in words
+    ]
+    before = (
+        ""
+        if cell is None
+        else "".join(f"{key}={shlex.quote(value)} " for key, value in cell.environment.items())
+    )
+    lines = flag_lines(quoted)
+    return before + " \\\n  ".join(lines)
+
+
+def _model_name(model: str) -> str:
+    """The file's name for a path; a name stays."""
+    return PurePath(model).name if model.endswith(".gguf") else model
+
+
+def _machine(record: Record | None) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(part of the machine, its facts) of the machine that was measured."""
+    if record is None or not record.machine:
+        return []
+    from qnext.hardware import machine_from_dict
+    from qnext.report.machine_words import machine_sections
+
+    machine = redact_machine(machine_from_dict(record.machine))
+    return [
+        (section.title, [(row.label, row.value) for row in section.rows])
+        for section in machine_sections(machine)
+    ]
+
+
+def _identity(sweep: StoredSweep, settings: SweepSettings, record: Record | None) -> list[tuple[str, str]]:
+    """What has to be equal for these figures to be comparable with others."""
+    facts: dict[str, Any] = {
+        "sweep": sweep.id,
+        "started (UTC)": sweep.started_at,
+        "model": _model_name(sweep.model),
+        "model digest": sweep.model_digest,
+        "machine": sweep.machine,
+        "engine build": sweep.engine_build,
+        "objective": f"time {OBJECTIVES[settings.objective]}: {workload_words(settings.workload)}",
+        "budget": f"{settings.seconds:,.0f} s" + (f", {settings.cells} cells" if settings.cells else ""),
+        "loads": (sweep.result or {}).get("loads"),
+        "confidence": f"{settings.confidence:.0%}",
+        "seed": sweep.seed,
+    }
+    if record is not None:
+        identity = record.identity
+        engine = identity.engine
+        facts |= {
+            "quant": identity.quant,
+            "header digest": identity.header_digest,
+            "model type": identity.model_type,
+            "engine": f"{engine.name} {engine.version}",
+            "llama.cpp commit": engine.llama_commit,
+            "build flags": engine.flags,
+            "devices": None if identity.devices is None else ", ".join(identity.devices) or "CPU alone",
+            "driver": identity.driver,
+            "measured bandwidths": _pairs(identity.bandwidths, " B/s"),
+            "power": _pairs(identity.power),
+            "environment": _pairs(identity.environment),
+        }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _pairs(facts: Mapping[str, object] | None, unit: str = "") -> str | None:
+    if facts is None:
+        return None
+    return ", ".join(
+        f"{name} {value:,}{unit}" if isinstance(value, int) and unit else f"{name} {value}"
+        for name, value in facts.items()
+    )
+
+
+def _legend(figure: Figure) -> list[tuple[int, str]]:
+    """(colour, name) of all lines, each once."""
+    lines = [(line.colour, line.name) for chart in figure.charts for line in chart.lines]
+    return sorted(dict.fromkeys(lines))
+
+
+def _seconds(value: float | None) -> str:
+    from qnext.report.sweep_view import seconds_words
+
+    return seconds_words(value)
+
+
+def _size(count: int | None) -> str:
+    from qnext.units import format_bytes
+
+    return "–" if count is None else format_bytes(count)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:+.1%}"
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
