@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["ok", "out-of-memory", "crashed", "hung", "too-slow", "noisy", "confounded"]
 
 KV_TOLERANCE = 0.02
-NOISY_SPREAD = 1.0
+NOISY_SPREAD = 2.0
 """Quartiles of the decode steps further apart than this share of the median tell nothing."""
 FEWEST_FOR_SPREAD = 12
 CROWDED = 0.5

@@ -68,7 +68,7 @@ class SweepEnd:
     """A finished sweep. `against` holds the winner's verdict against each baseline that ran, by role.
 
     `front` are the names of the cells that no other beats in decode, prefill and context together; `plan` is
-    the winner's, with its command line.
+    the winner's, with its command line. `rival` is the challenger that no test has shown to be faster.
     """
 
     sweep: StoredSweep
@@ -80,6 +80,7 @@ class SweepEnd:
     plan: Plan
     profile: TunedProfile
     loads: int
+    rival: tuple[str, Verdict] | None = None
 
     def of_role(self, role: Role) -> CellResult | None:
         """The baseline, if it ran."""
@@ -129,6 +130,7 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
         plan=_plan_of(run.planned, winner.cell),
         profile=profile,
         loads=loads,
+        rival=_rival(run.result, winner_name),
     )
 
 
@@ -156,6 +158,7 @@ def sweep_to_dict(end: SweepEnd) -> dict[str, Any]:
             role: {"cell": name, **(_verdict_to_dict(verdict) if verdict else {"word": None})}
             for role, (name, verdict) in end.against.items()
         },
+        "rival": {"cell": end.rival[0], **_verdict_to_dict(end.rival[1])} if end.rival else None,
         "pareto": list(end.front),
         "loads": end.loads,
         "llama_server_argv": list(end.plan.argv),
@@ -229,6 +232,14 @@ def _winner(result: Result, results: Mapping[str, CellResult]) -> str:
     if proven or results[result.winner].cell.roles or not ran:
         return result.winner
     return min(ran, key=lambda one: one.turn_s or 0.0).cell.name
+
+
+def _rival(result: Result, winner: str) -> tuple[str, Verdict] | None:
+    """The challenger where it did not win and was not shown to be slower."""
+    challenger, verdict = result.challenger, result.verdict
+    if challenger in (None, winner) or verdict is None or verdict.word == "slower" or verdict.ratio >= 1:
+        return None
+    return str(challenger), verdict
 
 
 def _against(run: SweepRun, winner: str) -> dict[Role, tuple[str, Verdict | None]]:

@@ -171,7 +171,7 @@ def prepare_sweep(
         generate=max(min(workload.generate, 2 * short.generate), round(share * workload.generate)),
         depth=depth,
     )
-    groups = max(2, int(LOAD_SHARE * seconds / _load_seconds(planned)))
+    groups = min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
     settings = SweepSettings(
         request=replace(request, model=planned.model.ref if request.model != "demo" else request.model),
         objective=objective,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qnext.bench.verdict import Verdict
     from qnext.pipeline.sweep_engine import Taken
     from qnext.pipeline.sweep_results import CellResult, SweepEnd
-    from qnext.pipeline.sweep_values import Cell
+    from qnext.pipeline.sweep_values import Cell, Role
     from qnext.pipeline.sweeping import Prepared, Progress
 
 ROWS = 12
@@ -27,7 +27,7 @@ ROWS = 12
 FINAL_ROWS = 10
 REASONS = 6
 _COLOURS = {"ok": "green", "winner": "green", "running": "cyan", "contender": ""}
-_ROLES = {"plan": "the plan", "fit": "llama.cpp's --fit", "defaults": "llama.cpp's defaults"}
+_ROLES: dict[Role, str] = {"plan": "the plan", "fit": "llama.cpp's --fit", "defaults": "llama.cpp's defaults"}
 
 
 @dataclass
@@ -244,13 +244,11 @@ def seconds_words(seconds: float | None) -> str:
     return f"{digits(seconds)} s" if seconds >= 1 else f"{digits(seconds * 1e3)} ms"
 
 
-def _absence(end: SweepEnd, role: str) -> str:
-    refused = next(
-        (one for one in end.results if role == "fit" and "fit" in one.cell.name and one.because), None
-    )
+def _absence(end: SweepEnd, role: Role) -> str:
+    refused = next((one for one in end.results if one.cell.name.startswith(f"llama.cpp {role}")), None)
     if refused is not None:
         return f"not run: {refused.status}, {refused.because}"
-    return "not run: it cannot be asked here, or does not fit"
+    return "not run: it could not be asked here"
 
 
 def _verdict_words(verdict: Verdict) -> str:
@@ -300,14 +298,17 @@ def _front_table(end: SweepEnd) -> Table:
 
 
 def _reasons(failed: Sequence[CellResult]) -> list[str]:
-    """A line per reason, with the cells that share it."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """A line per reason, with the cells that share it; one for all that have no room."""
+    groups: dict[tuple[str, str], list[CellResult]] = {}
     for one in failed:
-        groups.setdefault((one.status, one.because), []).append(one.cell.name)
+        reason = "" if one.status == "does-not-fit" else one.because
+        groups.setdefault((one.status, reason), []).append(one)
     lines = []
-    for (status, because), names in list(groups.items())[:REASONS]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"{status}: {names[0]}{more}" + (f" ({because})" if because else ""))
+    for (status, _), cells in list(groups.items())[:REASONS]:
+        first = cells[0]
+        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        because = f" ({first.because})" if first.because else ""
+        lines.append(f"{status}: {first.cell.name}{because}{more}")
     if len(groups) > REASONS:
         lines.append(f"and {len(groups) - REASONS} other reasons")
     return lines
