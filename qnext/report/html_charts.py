@@ -115,7 +115,7 @@ def _svg(chart: Chart, name: str, width: int, height: int) -> str:
     shown = [line for line in chart.lines if line.points]
     narrow = width < 400
     drawing.xrange, drawing.x_labels = _axis(
-        chart.x, [p.x for line in shown for p in line.points], 4 if narrow else 7
+        chart.x, [p.x for line in shown for p in line.points], 6 if narrow else 8
     )
     drawing.range, drawing.y_labels = _axis(chart.y, [p.y for line in shown for p in line.points], 8)
     for line in shown:

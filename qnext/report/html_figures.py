@@ -40,8 +40,8 @@ def over_knob(
     ran = [one for one in results if one.decode_tps and one.prefill_tps and knob in one.cell.knobs]
     levels = sorted({int(one.cell.knobs[knob]) for one in ran})
     if len(levels) < 2:
-        what = f"every measured cell has {unit} {levels[0]:,}" if levels else "no cell was measured"
-        return Figure(name, title, f"There is no curve: {what}.")
+        what = f"all measured cells have {levels[0]:,}" if levels else "no cell was measured"
+        return Figure(name, title, f"No curve of {unit}: {what}.")
     curves = _curves(ran, chosen, knob, results[0].cell.knobs)
     on_curves = {one.cell.name for _, cells in curves for one in cells}
     rest = [one for one in ran if one.cell.name not in on_curves]
@@ -86,7 +86,7 @@ def pareto_figure(results: Sequence[CellResult]) -> tuple[Figure, tuple[str, ...
                 for one in mine
                 if (one.cell.name in names) == on_front
             )
-            label = f"context {context:,}" + ("" if on_front else ", beaten in all three")
+            label = f"context {context:,}: " + ("beaten by none" if on_front else "beaten")
             lines.append(Line(label, colour, points, joined=False, dots=6.5 if on_front else 3))
     ends = (
         f"{plural(len(front), 'cell')} of {len(ran)} {'is' if len(front) == 1 else 'are'} beaten by no other"

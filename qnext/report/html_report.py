@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qnext.hardware.redact import redact_machine, redact_text
 from qnext.plan.export import flag_lines
 from qnext.plan.values import CPU_REPACK
-from qnext.report.html_charts import draw
+from qnext.report.html_charts import Line, draw
 from qnext.report.html_figures import (
     CONTENDERS,
     Figure,
@@ -423,10 +423,10 @@ def _pairs(facts: Mapping[str, object] | None, unit: str = "") -> str | None:
     )
 
 
-def _legend(figure: Figure) -> list[tuple[int, str]]:
-    """(colour, name) of all lines, each once."""
-    lines = [(line.colour, line.name) for chart in figure.charts for line in chart.lines]
-    return sorted(dict.fromkeys(lines))
+def _legend(figure: Figure) -> list[Line]:
+    """All lines of the figure's charts, each name once."""
+    lines = {line.name: line for chart in figure.charts for line in chart.lines}
+    return sorted(lines.values(), key=lambda line: (line.colour, -line.dots))
 
 
 def _seconds(value: float | None) -> str:
