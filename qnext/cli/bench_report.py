@@ -64,7 +64,7 @@ def report(
 def _newest(sweeps: SweepStore, results: ResultStore) -> StoredSweep | None:
     """The newest sweep: one that was cut short, or one that left records."""
     found = [] if (cut := sweeps.unfinished()) is None else [cut]
-    for record in results.history(None, kind="bench"):
+    for record in results.history(200, kind="bench"):
         if (record.workload or {}).get("sweep"):
             found.append(sweeps.get(str((record.workload or {})["sweep"])))
             break

@@ -31,7 +31,17 @@ from qnext.report.html_figures import (
     pareto_figure,
     percentile,
 )
-from qnext.report.words import digits, local_time, plural, workload_words
+from qnext.report.html_summary import (
+    OBJECTIVES,
+    ROLES,
+    chosen_cell,
+    comparisons_of,
+    headline,
+    percent,
+    seconds,
+    warning,
+)
+from qnext.report.words import digits, local_time, workload_words
 
 if TYPE_CHECKING:
     from qnext.pipeline.sweep_results import CellResult
@@ -39,7 +49,6 @@ if TYPE_CHECKING:
     from qnext.store.record import Record
     from qnext.store.sweeps import StoredSweep
 
-ROLES = {"plan": "the plan", "fit": "llama.cpp's own fit", "defaults": "llama.cpp's defaults"}
 MEANINGS = {
     "ok": "measured and ranked",
     "does-not-fit": "needs more memory than there is: by arithmetic, or because less already ran out",
@@ -53,7 +62,6 @@ MEANINGS = {
     "not-reached": "not measured: it could have won, but the time was used up",
     "waiting": "not measured yet",
 }
-OBJECTIVES = {"turn": "per turn", "decode": "of decode", "prefill": "of prefill"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +76,6 @@ class Row:
     steps: int
     rss_bytes: int | None
     major_faults: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The chosen cell against a baseline: `said` in words, figures where it was tested."""
-
-    label: str
-    word: str
-    said: str
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    pairs: int | None = None
 
 
 def html_report(sweep: StoredSweep, record: Record | None) -> str:
@@ -98,9 +93,9 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
         for cell in sweep.cells
     )
     results = summarise_cells(sweep, cells, None)
-    chosen = _chosen(sweep, results)
+    chosen = chosen_cell(sweep, results)
     name = "" if chosen is None else chosen.cell.name
-    comparisons = _comparisons(sweep, results, settings)
+    comparisons = comparisons_of(sweep, results, settings)
     rows = _rows(sweep, results, name)
     pareto, front = pareto_figure(results)
     figures = [
@@ -113,7 +108,7 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
     page = files("qnext.report") / "page"
     style, script = ((page / file).read_text(encoding="utf-8") for file in ("report.css", "report.js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"digits": digits, "seconds": _seconds, "size": _size, "percent": _percent}
+    environment.filters |= {"digits": digits, "seconds": seconds, "size": _size, "percent": percent}
     return environment.from_string((page / "report.html.j2").read_text(encoding="utf-8")).render(
         style=Markup(style),
         script=Markup(script),
@@ -126,8 +121,8 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
         objective=OBJECTIVES[settings.objective],
         workload=workload_words(settings.workload),
         when=local_time(sweep.started_at),
-        headline=_headline(sweep, results, chosen, comparisons, settings),
-        warning=_warning(sweep, results),
+        headline=headline(sweep, results, chosen, comparisons, settings),
+        warning=warning(sweep, results),
         chosen=chosen,
         comparisons=comparisons,
         commands=[] if chosen is None else _commands(sweep, settings, chosen.cell),
@@ -142,113 +137,6 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
         machine=_machine(record),
         identity=_identity(sweep, settings, record),
     )
-
-
-def _chosen(sweep: StoredSweep, results: Sequence[CellResult]) -> CellResult | None:
-    """The stored winner; while there is none, the cell with the least median time."""
-    named = (sweep.result or {}).get("winner")
-    ran = [one for one in results if one.turn_s and one.status == "ok"]
-    found = next((one for one in results if one.cell.name == named), None)
-    return found or min(ran, key=lambda one: one.turn_s or 0.0, default=None)
-
-
-def _comparisons(
-    sweep: StoredSweep, results: Sequence[CellResult], settings: SweepSettings
-) -> tuple[Comparison, ...]:
-    """The stored verdicts, for each baseline one."""
-    if sweep.result is None:
-        return ()
-    winner, against = sweep.result.get("winner"), sweep.result.get("against", {})
-    found = []
-    for role, label in ROLES.items():
-        cell = next((one for one in results if role in one.cell.roles), None)
-        told = against.get(role) or {}
-        if cell is None:
-            found.append(Comparison(label, "not run", _absence(role, results)))
-        elif cell.cell.name == winner:
-            found.append(Comparison(label, "chosen", "this is the chosen configuration"))
-        elif told.get("word") is None:
-            why = (
-                "no pairs were measured"
-                if cell.status == "ok"
-                else f"{cell.status}: {redact_text(cell.because)}"
-            )
-            found.append(Comparison(label, "not tested", f"not tested, {why}"))
-        else:
-            interval = (
-                f"{told['confidence']:.0%} interval {_percent(told['low'] - 1)} to "
-                f"{_percent(told['high'] - 1)}, {plural(told['pairs'], 'pair')}"
-            )
-            found.append(
-                Comparison(
-                    label,
-                    told["word"],
-                    f"{_difference(told['word'], told['ratio'])} ({interval})",
-                    told["ratio"],
-                    told["low"],
-                    told["high"],
-                    told["pairs"],
-                )
-            )
-    return tuple(found)
-
-
-def _absence(role: str, results: Sequence[CellResult]) -> str:
-    refused = next((one for one in results if role == "fit" and "fit" in one.cell.name and one.because), None)
-    if refused is not None:
-        return f"not run, {refused.status}: {redact_text(refused.because)}"
-    return "not run: it cannot be asked here, or does not fit"
-
-
-def _difference(word: str, ratio: float) -> str:
-    if word == "faster":
-        return f"{1 - ratio:.1%} less time"
-    return f"{ratio - 1:.1%} more time" if word == "slower" else "no difference shown"
-
-
-def _headline(
-    sweep: StoredSweep,
-    results: Sequence[CellResult],
-    chosen: CellResult | None,
-    comparisons: Sequence[Comparison],
-    settings: SweepSettings,
-) -> str:
-    """What was found, in a sentence or two."""
-    if chosen is None:
-        return f"None of the {plural(len(results), 'configuration')} gave a figure, so nothing is known yet."
-    per, ran = OBJECTIVES[settings.objective], sum(one.count > 0 for one in results)
-    if sweep.result is None:
-        return (
-            f"The fastest so far is “{chosen.cell.name}” with {_seconds(chosen.turn_s)} {per}, of {ran} "
-            f"measured of {plural(len(results), 'configuration')}. It was not tested against the plan, so "
-            "nothing is proven yet."
-        )
-    plan = next((one for one in comparisons if one.label == ROLES["plan"]), None)
-    if plan is None or plan.word == "chosen":
-        first = (
-            "The plan is the only configuration, and it runs."
-            if len(results) == 1
-            else f"The plan stays: none of {len(results) - 1} other configurations was shown to be faster."
-        )
-    elif plan.ratio is None:
-        first = f"“{chosen.cell.name}” is chosen; against the plan it was not tested."
-    else:
-        first = f"“{chosen.cell.name}” against the plan: {plan.said} {per}."
-    fit = next((one for one in comparisons if one.label == ROLES["fit"]), None)
-    second = "" if fit is None else f" Against {fit.label}: {fit.said}."
-    if fit is not None and fit.word == "chosen":
-        second = " It is llama.cpp's own fit."
-    return first + second
-
-
-def _warning(sweep: StoredSweep, results: Sequence[CellResult]) -> str:
-    """What keeps the figures from being the last word; empty where nothing does."""
-    waiting = sum(one.status == "waiting" for one in results)
-    left = f"; {plural(waiting, 'cell')} still waiting" if waiting else ""
-    if sweep.status == "ok":
-        return "It ended before its test was done." if (sweep.result or {}).get("cut_short") else ""
-    state = {"running": "is still running", "interrupted": "was cut short", "failed": "failed"}[sweep.status]
-    return f"This sweep {state}{left}. Go on with: qnext bench sweep {sweep.id} --resume"
 
 
 def _rows(sweep: StoredSweep, results: Sequence[CellResult], chosen: str) -> tuple[Row, ...]:
@@ -310,7 +198,7 @@ def _commands(sweep: StoredSweep, settings: SweepSettings, cell: Cell) -> list[t
     """(what it is, the command) for a shell."""
     found = []
     if (sweep.result or {}).get("profile"):
-        found.append(("With the saved profile", _shell(["qnext", "run", sweep.model])))
+        found.append(("With the saved profile", _shell(["qnext", "run", settings.request.model])))
     found.append(("The same, every setting named", _shell(run_words(settings.request.model, cell), cell)))
     server = (sweep.result or {}).get("llama_server_argv")
     if server:
@@ -429,20 +317,10 @@ def _legend(figure: Figure) -> list[Line]:
     return sorted(lines.values(), key=lambda line: (line.colour, -line.dots))
 
 
-def _seconds(value: float | None) -> str:
-    from qnext.report.sweep_view import seconds_words
-
-    return seconds_words(value)
-
-
 def _size(count: int | None) -> str:
     from qnext.units import format_bytes
 
     return "–" if count is None else format_bytes(count)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:+.1%}"
 
 
 def _hash(text: str) -> str:

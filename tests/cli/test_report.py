@@ -214,7 +214,7 @@ def test_every_figure_of_the_table_is_the_stores(tmp_path: Path) -> None:
 def test_the_summary_gives_the_verdict_with_its_interval_against_plan_and_fit(tmp_path: Path) -> None:
     text = " ".join(page_of(whole_sweep(tmp_path / "results.db")).text.split())
     assert (
-        "“ub 1024” against the plan: 12.9% less time (95% interval -15.7% to -10.1%, 12 pairs) per turn. "
+        "“ub 1024” against the plan: 12.9% less time per turn (95% interval -15.7% to -10.1%, 12 pairs). "
         "Against llama.cpp's own fit: no difference shown (95% interval -15.7% to +2.0%, 12 pairs)."
     ) in text
     assert "not tested, no pairs were measured" in text  # the defaults
