@@ -199,7 +199,7 @@ def _commands(sweep: StoredSweep, settings: SweepSettings, cell: Cell) -> list[t
     found = []
     if (sweep.result or {}).get("profile"):
         found.append(("With the saved profile", _shell(["qnext", "run", settings.request.model])))
-    found.append(("The same, every setting named", _shell(run_words(settings.request.model, cell), cell)))
+    found.append(("With every setting named", _shell(run_words(settings.request.model, cell), cell)))
     server = (sweep.result or {}).get("llama_server_argv")
     if server:
         found.append(("With llama-server", _shell(server, cell)))
