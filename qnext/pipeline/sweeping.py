@@ -173,7 +173,7 @@ def prepare_sweep(
     )
     groups = min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
     settings = SweepSettings(
-        request=replace(request, model=planned.model.ref if request.model != "demo" else request.model),
+        request=request,
         objective=objective,
         seconds=seconds,
         cells=cell_limit,

@@ -225,10 +225,11 @@ class SweepStore:
         return rows[0]
 
     def unfinished(self, model: str | None = None) -> StoredSweep | None:
-        """The newest sweep that was cut short, of this model if one is named."""
+        """The newest sweep that was cut short, of this model (with whatever quant) if one is named."""
         where, values = "status IN ('running', 'interrupted', 'failed')", list[object]()
         if model is not None:
-            where, values = f"{where} AND model = ?", [storable(model)]
+            where = f"{where} AND (model = ? OR instr(model, ? || ':') = 1)"
+            values = [storable(model), storable(model)]
         found = self._select(f"{where} ORDER BY started_at DESC, rowid DESC LIMIT 1", values)
         return found[0] if found else None
 
