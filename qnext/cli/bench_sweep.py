@@ -18,12 +18,13 @@ from qnext.errors import UsageError
 
 if TYPE_CHECKING:
     from qnext.config import Paths
+    from qnext.pipeline.sweep_setup import Prepared
     from qnext.pipeline.sweep_values import Grid
-    from qnext.pipeline.sweeping import Prepared, Progress, SweepRun
+    from qnext.pipeline.sweeping import Progress, SweepRun
     from qnext.plan.values import Workload
     from qnext.store.sweeps import StoredSweep
 
-_GRID = "Knobs to try (lists with commas; several values of one leave the others as planned)"
+_GRID = "Knobs to try, in lists with commas"
 _TURN = "What is to be fast"
 
 
@@ -124,14 +125,16 @@ def sweep(
     """Find the fastest settings this machine can run, and save them for qnext run.
 
     Starts from the plan and from llama.cpp's own fit, and ends with what is faster than both by a test, or
-    with one of them. Everything measured is kept; Ctrl-C, then --resume.
+    with one of them. Everything measured is kept; Ctrl-C, then --resume. A knob given one value keeps it;
+    with several values of any, the knobs that are not named stay as planned.
 
     Example: qnext bench sweep demo --budget 30s
 
     Example: qnext bench sweep model.gguf -ub 512,1024,2048 -t 6,8
     """
     from qnext.config import find_paths
-    from qnext.pipeline.sweeping import prepare_sweep, reopen_sweep, start_sweep
+    from qnext.pipeline.sweep_setup import prepare_sweep
+    from qnext.pipeline.sweeping import reopen_sweep, start_sweep
 
     paths = find_paths()
     if resume:

@@ -9,7 +9,7 @@ race learns that from the others. What arithmetic says cannot be held is kept as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -18,6 +18,7 @@ from qnext.errors import UsageError
 from qnext.models.shape import layer_of
 from qnext.pipeline.planning import PlannedModel
 from qnext.pipeline.request import Request
+from qnext.pipeline.sweep_levels import Levels, cache_word
 from qnext.pipeline.sweep_values import (
     MODEL_FIELDS,
     Cell,
@@ -26,7 +27,7 @@ from qnext.pipeline.sweep_values import (
     Role,
     predicted_seconds,
 )
-from qnext.plan.choice import cache_types, choose_placement
+from qnext.plan.choice import choose_placement
 from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
@@ -37,7 +38,6 @@ from qnext.units import format_bytes
 
 MOST_CELLS = 150
 MOST_REFUSED = 30
-UBATCHES = (128, 256, 512, 1024, 2048, 4096)
 OFFLOAD_THRESHOLDS = (8, 128, 512)
 """Tokens from which a prompt is multiplied on the GPU, beside llama.cpp's own 32."""
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
@@ -122,6 +122,7 @@ class _Maker:
             and not plan.cpu_expert_layers
             and plan.n_gpu_layers > planned.model.shape.n_layer_all
         )
+        self._levels = Levels(planned, objective, grid, self._all_on_devices)
         self._base_knobs = self._knobs_of_weights(self._plan, self._layout_of(self._plan))
         self._plan_knobs = self._knobs(_Base(self._plan, self._base_knobs), self._plan)
 
@@ -133,7 +134,7 @@ class _Maker:
         refused: list[Cell] = []
         taken = {cell.name for cell in baselines}
         for base in self._bases():
-            for placement in self._contexts(base.placement):
+            for placement in self._levels.contexts(base.placement):
                 cell = self._cell(base, placement)
                 identity = _identity(placement, base.environment)
                 if identity in known or cell.name in taken:
@@ -188,7 +189,7 @@ class _Maker:
         first = _Base(plan, self._base_knobs)
         yield first
         layouts = () if self._all_on_devices else ("full", "experts", "off")
-        for layout in self._levels("repack", layouts, self._layout_of(plan)):
+        for layout in self._levels.levels("repack", layouts, self._layout_of(plan)):
             yield from self._laid_out(plan, str(layout))
         if plan.devices:
             for placement in self._placements():
@@ -199,7 +200,7 @@ class _Maker:
             bare = on_cpu(replace(problem, options=replace(problem.options, repack="off")), plan)
         copied = self._layout_of(bare) != "off" or self._all_on_devices
         usual = () if copied and grid.load_mode is None else ("none", "mmap")
-        for mode in self._levels("load_mode", usual, plan.load_mode):
+        for mode in self._levels.levels("load_mode", usual, plan.load_mode):
             placement = replace(bare, load_mode=mode)  # type: ignore[arg-type]
             yield _Base(placement, self._knobs_of_weights(placement, self._layout_of(placement)))
         gpus = [budget.name for budget in problem.budgets if budget.kind == "gpu"]
@@ -245,7 +246,7 @@ class _Maker:
         elif self._grid.closed or forced or options.cpu_experts is not None:
             return
         else:
-            pairs = product(self._ubatches(), self._attention())
+            pairs = product(self._levels.ubatches(), self._levels.attention())
             wishes = [
                 replace(base, ubatch=ubatch, kv_type_k=kv, kv_type_v=kv)
                 for ubatch, (flash, kv) in pairs
@@ -257,83 +258,6 @@ class _Maker:
                 yield _as(placed.placement, plan)
         if self._grid.cpu_experts is None and not self._all_on_devices:
             yield from _with_fewer_experts(plan, self._planned.model.shape.n_layer)
-
-    def _contexts(self, base: Placement) -> Iterator[Placement]:
-        """`base` with every combination of the knobs that need no load."""
-        for threads, threads_batch, ubatch, batch, (flash, kv) in product(
-            self._threads("threads", self._plan.threads),
-            self._threads("threads_batch", self._plan.threads_batch),
-            self._ubatches(),
-            self._levels("batch", (self._plan.batch,), self._plan.batch),
-            self._attention(),
-        ):
-            kv_k, _, kv_v = kv.partition("/")
-            yield replace(
-                base,
-                threads=threads,
-                threads_batch=threads_batch,
-                ubatch=ubatch,
-                batch=max(int(batch), ubatch),
-                kv_type_k=kv_k,
-                kv_type_v=kv_v or kv_k,
-                flash_attention=flash,  # type: ignore[arg-type]
-            )
-
-    def _levels(self, knob: str, usual: Sequence[Level], planned: Level) -> list[Level]:
-        """Levels of a knob: those asked for; else the usual ones, or the planned one beside a grid."""
-        asked: Sequence[Level] | None = getattr(self._grid, knob)
-        if asked is not None:
-            return list(dict.fromkeys(asked))
-        return [planned] if self._grid.closed else list(dict.fromkeys((planned, *usual)))
-
-    def _threads(self, knob: str, planned: int) -> list[int]:
-        cpu = self._planned.surroundings.machine.cpu
-        cores = cpu.usable_cores or cpu.physical_cores or planned
-        logical = cpu.usable_logical_cores or cpu.logical_cores or cores
-        usual = [cores, logical, max(1, cores // 2)]
-        if cpu.performance_cores and cpu.efficiency_cores:
-            usual.append(min(cpu.performance_cores, cores))
-        asked = self._planned.surroundings.threads
-        if self._all_on_devices:
-            usual = []
-        elif planned not in (cores, logical) and asked == self._plan.threads:
-            usual = [count for count in usual if count < planned]  # the user's own limit stands
-        return [int(level) for level in self._levels(knob, usual, planned)]
-
-    def _ubatches(self) -> list[int]:
-        """Up to the first that takes the whole prompt: from there on they do the same."""
-        workload, plan = self._problem.options.workload, self._plan
-        enough = next((size for size in UBATCHES if size >= workload.prompt), UBATCHES[-1])
-        usual = [size for size in UBATCHES if size <= min(enough, plan.context)]
-        if self._objective == "decode":
-            usual = []
-        return [int(level) for level in self._levels("ubatch", usual, plan.ubatch)]
-
-    def _attention(self) -> list[tuple[str, str]]:
-        """(flash attention, cache type or K/V types) to try together."""
-        plan, grid = self._plan, self._grid
-        own = _cache_word(plan)
-        caches = [f"{k}/{v}" if k != v else k for k, v in cache_types(self._problem)]
-        if self._problem.options.prefer == "quality":
-            caches = [own]
-        if grid.kv_type_k is not None or grid.kv_type_v is not None:
-            keys = grid.kv_type_k or grid.kv_type_v or ()
-            values = grid.kv_type_v or grid.kv_type_k or ()
-            both = zip(keys, values, strict=True) if len(keys) == len(values) else product(keys, values)
-            caches = [k if k == v else f"{k}/{v}" for k, v in both]
-        elif grid.closed:
-            caches = [own]
-        elif own not in caches:
-            caches.append(own)
-        flashes = [
-            str(level) for level in self._levels("flash_attention", ("on", "off"), plan.flash_attention)
-        ]
-        plain = {"f16", "f32", "bf16"}
-        return [
-            (flash, cache)
-            for flash, cache in product(flashes, caches)
-            if flash != "off" or (cache.partition("/")[2] or cache) in plain
-        ]
 
     def _cell(self, base: _Base, placement: Placement, spare: float = 0.0) -> Cell:
         """One cell with its forecast; refused where it lacks more than the share `spare` of a budget."""
@@ -380,7 +304,7 @@ class _Maker:
             "ubatch": min(placement.ubatch, placement.batch),
             "batch": placement.batch,
             "flash": placement.flash_attention,
-            "kv": _cache_word(placement),
+            "kv": cache_word(placement),
         }
 
     def _knobs_of_weights(self, placement: Placement, layout: str) -> dict[str, Level]:
@@ -460,11 +384,6 @@ def _with_fewer_experts(plan: Placement, layers: int) -> Iterator[Placement]:
         chosen = tuple(sorted((*plan.cpu_expert_layers, *moved)))
         if moved and len(moved) < len(held):
             yield replace(plan, cpu_expert_layers=chosen, overrides=(Override(expert_pattern(chosen), HOST),))
-
-
-def _cache_word(placement: Placement) -> str:
-    k, v = placement.kv_type_k, placement.kv_type_v
-    return k if k == v else f"{k}/{v}"
 
 
 def loads_of(cells: Iterable[Cell]) -> int:

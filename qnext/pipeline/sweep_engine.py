@@ -20,6 +20,7 @@ from qnext.engine.crash import EngineCrashError
 from qnext.engine.log_reader import BufferSize, allocated_devices, read_buffer_sizes
 from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
+from qnext.hardware.nvml import read_nvml
 from qnext.pipeline.sweep_values import Cell, Objective, RungSize, objective_seconds
 from qnext.plan.placement import Problem
 from qnext.plan.values import HOST, DeviceMemory, Workload
@@ -140,6 +141,8 @@ class SweepEngine:
             limit_s=limit_s,
             depth_limit_s=self._depth_limit_s,
         )
+        if facts and any(name.startswith("CUDA") for name in cell.placement.devices):
+            facts["gpus"] = _gpu_figures()
         return self._read(told, size, limit_s, facts)
 
     def _prepare(self, cell: Cell) -> Message | None:
@@ -249,4 +252,10 @@ class SweepEngine:
         return found[:count]
 
 
+def _gpu_figures() -> list[dict[str, Any]]:
+    """Memory in use, clocks and what holds them back, of each NVIDIA GPU right after a measurement."""
+    return [{name: gpu[name] for name in _GPU if name in gpu} for gpu in read_nvml().values]
+
+
+_GPU = ("name", "vram_used", "core_clock_now", "memory_clock_now", "throttle_bits", "power_limit")
 _ACTIVE = ("context", "batch", "ubatch", "threads", "threads_batch", "flash_attention")

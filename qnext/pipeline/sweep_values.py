@@ -32,8 +32,6 @@ MODEL_FIELDS = (
 )
 """The fields of a placement that need the model loaded again; the others need a new context."""
 
-RPC_LOST = "rpc_lost"
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:

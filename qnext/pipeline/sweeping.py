@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qnext.bench.race_values import Outcome, Result, Step
-from qnext.bench.racing import MAX_LOADS, Race
+from qnext.bench.racing import Race
 from qnext.config import Paths
 from qnext.engine.child import silence_limit
 from qnext.engine.crash import EngineCrashError
-from qnext.engine.probe import known_policy
 from qnext.errors import EngineError, QnextError, UsageError
 from qnext.hardware import machine_fingerprint
-from qnext.pipeline.comparing import compare_fit
-from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
-from qnext.pipeline.request import Request
-from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
-from qnext.pipeline.sweep_cells import default_placement, make_cells
+from qnext.pipeline.planning import PlannedModel, plan_model
+from qnext.pipeline.surroundings import Notice, require_this_machine
 from qnext.pipeline.sweep_engine import SweepEngine, Taken, race_status
+from qnext.pipeline.sweep_setup import Prepared
 from qnext.pipeline.sweep_values import (
     Cell,
-    Grid,
-    Objective,
     RungSize,
     SweepSettings,
     cell_from_dict,
@@ -38,20 +33,9 @@ from qnext.pipeline.sweep_values import (
     settings_from_dict,
     settings_to_dict,
 )
-from qnext.plan.values import Placement
 from qnext.store.identity import model_digest, utc_now
 from qnext.store.sweeps import Measurement, StoredCell, StoredSweep, SweepStore
 
-SHORT_TOKENS, FEWEST_SHORT_TOKENS, SLOW_TOKEN_S = 24, 16, 0.2
-"""Tokens generated in a short measurement; fewer where a token takes longer than this."""
-FULL_SHARE = 1 / 40
-"""Of the budget: what one full measurement may take by the forecast."""
-DEPTH_SHARE = 1 / 30
-"""Of the budget: what reading the depth may take; it is read once for each kind of cache and load."""
-LOAD_SHARE = 0.35
-"""Of the budget: what loading every way to place the weights once may take."""
-LOAD_BPS, LOAD_S = 1.5e9, 0.5
-"""Rate of a load, and what it takes beside: a guess that only bounds how many there are."""
 SLOWEST = 6.0
 """A measurement is stopped after so many times what the fastest has taken."""
 LEAST_LIMIT_S = 2.0
@@ -62,22 +46,6 @@ OVERRUN, OVERRUN_S = 2.0, 20.0
 forecast."""
 DEPTH_LIMIT_SHARE = 0.25
 """Of the budget: what reading the depth may take before a cell counts as too slow."""
-CELL_SECONDS = 6.0
-"""Short measurements that a budget in cells grants each of them, in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A sweep before its first step."""
-
-    planned: PlannedModel
-    settings: SweepSettings
-    cells: tuple[Cell, ...]
-
-    @property
-    def live(self) -> tuple[Cell, ...]:
-        """The cells that may be run."""
-        return tuple(cell for cell in self.cells if not cell.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,77 +81,6 @@ class SweepRun:
     cells: tuple[Cell, ...]
     result: Result
     cut_short: bool
-
-
-def prepare_sweep(
-    request: Request,
-    paths: Paths,
-    notice: Notice,
-    *,
-    objective: Objective = "turn",
-    grid: Grid | None = None,
-    seconds: float | None = 600.0,
-    cell_limit: int | None = None,
-    cooldown_s: float = 0.0,
-    seed: int = 0,
-) -> Prepared:
-    """Plan the model and list what to try. `seconds` None: as long as `cell_limit` cells should take.
-
-    Raises DoesNotFitError for a model without a plan, UsageError for a workload that the context cannot hold.
-    """
-    if request.parallel != 1:
-        raise UsageError("a sweep measures one sequence at a time", hint="Leave out -np.")
-    planned = plan_model(request, paths, notice)
-    build = require_this_machine(planned.surroundings)
-    require_fit(planned.plan)
-    workload, plan = request.workload, planned.plan.placement
-    if workload.tokens > plan.context:
-        raise UsageError(
-            f"a turn of {workload.tokens:,} tokens is longer than the context of {plan.context:,}",
-            hint=f"Give -c {workload.tokens} or more, or a shorter workload.",
-        )
-    known = known_policy(layout_entry(paths, planned.surroundings.machine, build), build)
-    crashes: Mapping[str, str] = known.failures if known else {}
-    cells = make_cells(
-        planned,
-        request,
-        objective=objective,
-        grid=grid or Grid(),
-        fit=_fit(planned, paths, notice, default_placement(planned, request, crashes)),
-        crashes=crashes,
-    )
-    first = cells[0]
-    prediction = first.prediction
-    prefill = prediction.prefill_tps.mid if prediction.prefill_tps else 100.0
-    decode = prediction.decode_tps.mid if prediction.decode_tps else 10.0
-    tokens = FEWEST_SHORT_TOKENS if decode * SLOW_TOKEN_S < 1 else SHORT_TOKENS
-    short = RungSize(
-        prompt=min(workload.prompt, plan.ubatch), generate=min(workload.generate, tokens), depth=0
-    )
-    if seconds is None:
-        each = CELL_SECONDS * (short.prompt / prefill + short.generate / decode)
-        seconds = max(20.0, (cell_limit or len(cells)) * each + MAX_LOADS * _load_seconds(planned))
-    depth = min(workload.depth, round(DEPTH_SHARE * seconds * prefill))
-    turn_s = workload.prompt / prefill + workload.generate / decode
-    share = min(1.0, FULL_SHARE * seconds / turn_s)
-    full = RungSize(
-        prompt=max(short.prompt, round(share * workload.prompt)),
-        generate=max(min(workload.generate, 2 * short.generate), round(share * workload.generate)),
-        depth=depth,
-    )
-    groups = min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
-    settings = SweepSettings(
-        request=request,
-        objective=objective,
-        seconds=seconds,
-        cells=cell_limit,
-        max_loads=MAX_LOADS,
-        short=replace(short, depth=depth),
-        full=full,
-        cooldown_s=cooldown_s,
-        seed=seed,
-    )
-    return Prepared(planned, settings, _affordable(cells, groups))
 
 
 def start_sweep(prepared: Prepared, paths: Paths) -> StoredSweep:
@@ -393,36 +290,6 @@ class _Driver:
             return silence_limit()
         slowest = max(cell.predicted_s[2] for cell in self._prepared.live)
         return min(silence_limit(), max(60.0, 10 * slowest))
-
-
-def _fit(planned: PlannedModel, paths: Paths, notice: Notice, base: Placement) -> Placement | None:
-    """llama.cpp's own placement with its own defaults; None where there is nothing to place or to ask."""
-    if not planned.problem.offload_devices():
-        return None
-    asked = replace(planned, plan=replace(planned.plan, placement=base))
-    try:
-        found = compare_fit(asked, paths, notice)
-    except (EngineError, UsageError) as error:
-        notice(f"without llama.cpp's --fit: {error.message}")
-        return None
-    if found.plan is None:
-        notice(f"without llama.cpp's --fit: {found.error}")
-        return None
-    return found.plan.placement
-
-
-def _load_seconds(planned: PlannedModel) -> float:
-    return LOAD_S + sum(tensor.nbytes for tensor in planned.model.header.tensors) / LOAD_BPS
-
-
-def _affordable(cells: Sequence[Cell], groups: int) -> tuple[Cell, ...]:
-    """The cells of so many ways to place the weights: the baselines', then those with the best forecasts."""
-    live = [cell for cell in cells if not cell.status]
-    wanted = dict.fromkeys(cell.group for cell in live if cell.roles)
-    for cell in sorted(live, key=lambda one: one.predicted_s[1]):
-        if len(wanted) < groups:
-            wanted.setdefault(cell.group)
-    return tuple(cell for cell in cells if cell.status or cell.group in wanted)
 
 
 def _cells_of(sweep: StoredSweep) -> tuple[Cell, ...]:

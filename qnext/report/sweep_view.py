@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from qnext.bench.verdict import Verdict
     from qnext.pipeline.sweep_engine import Taken
     from qnext.pipeline.sweep_results import CellResult, SweepEnd
+    from qnext.pipeline.sweep_setup import Prepared
     from qnext.pipeline.sweep_values import Cell, Role
-    from qnext.pipeline.sweeping import Prepared, Progress
+    from qnext.pipeline.sweeping import Progress
 
 ROWS = 12
 """Cells that the live table shows: the fastest so far, and what was measured last."""
