@@ -53,10 +53,10 @@ def live(made: tuple[Cell, ...]) -> list[Cell]:
 
 
 SOME: list[Callable[[], tuple[Cell, ...]]] = [
-    lambda: cells(),
-    lambda: cells("rtx4090-64gb", 12 * MIB),
-    lambda: cells("rtx4090-64gb", 24 * MIB),
-    lambda: cells("rtx4090-rtx3060", 10 * MIB),
+    cache(lambda: cells()),
+    cache(lambda: cells("rtx4090-64gb", 12 * MIB)),
+    cache(lambda: cells("rtx4090-64gb", 24 * MIB)),
+    cache(lambda: cells("rtx4090-rtx3060", 10 * MIB)),
 ]
 
 
