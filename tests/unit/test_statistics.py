@@ -176,9 +176,7 @@ def test_the_unpaired_interval_misses_as_rarely_as_the_table_of_mann_and_whitney
 @pytest.mark.parametrize(("few", "many"), [(2, 3), (4, 4), (3, 6)])
 def test_the_chances_of_the_unpaired_test_are_those_of_counting_all_orders(few: int, many: int) -> None:
     orders = list(combinations(range(few + many), few))
-    below = [
-        sum(1 for a in ranks for b in set(range(few + many)) - set(ranks) if a < b) for ranks in orders
-    ]
+    below = [sum(1 for a in ranks for b in set(range(few + many)) - set(ranks) if a < b) for ranks in orders]
     counted = [sum(u <= limit for u in below) / len(orders) for limit in range(few * many + 1)]
     assert _mann_whitney(few, many) == pytest.approx(counted)
 
