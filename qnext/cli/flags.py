@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -332,6 +333,8 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
             "ctv": flags.cache_type_v,
         }
     )
+    if flags.min_tps is not None and not math.isfinite(flags.min_tps):
+        raise UsageError(f"--min-tps {flags.min_tps} is not a speed", hint="Write a number: --min-tps 20.")
     cpu_experts = 10_000 if flags.cpu_moe else flags.n_cpu_moe
     repack = None if flags.repack == "auto" else _one_of("--repack", flags.repack, ("full", "experts", "off"))
     return Request(

@@ -49,10 +49,9 @@ def run_bench(
     """
     if request.parallel != 1:
         raise UsageError("a benchmark measures one sequence at a time", hint="Leave out -np.")
-    largest = max(tests, key=lambda test: test.tokens + test.depth)
-    needed = _padded(largest.tokens + largest.depth)
-    request = replace(request, context=max(needed, request.context or 0))
-    request = replace(request, workload=_workload(tests))
+    workload = _workload(tests)
+    context = max(_padded(workload.tokens), request.context or 0)
+    request = replace(request, context=context, workload=workload)
     store = ResultStore(paths.results_db)
     with RunningModel(request, paths, notice, watch.on_load) as model:
         record = _start(model, store, tests, repetitions, command)

@@ -122,8 +122,13 @@ def plan_chosen(request: Request, paths: Paths, chosen: ChosenModel) -> PlannedM
     plan = replace(
         plan,
         argv=tuple(model.path if word == str(model.header.paths[0]) else word for word in plan.argv),
-        reasons=((chosen.why, *plan.reasons) if chosen.why else plan.reasons),
-        warnings=(*surroundings.warnings, *_known_faults(model), *plan.warnings),
+        reasons=(plan.reasons[0], chosen.why, *plan.reasons[1:]) if chosen.why else plan.reasons,
+        warnings=(
+            *surroundings.warnings,
+            *_known_faults(model),
+            *plan.warnings,
+            *_too_slow(plan, request.min_tps),
+        ),
     )
     return PlannedModel(model, surroundings, problem, plan, chosen.candidates)
 
@@ -167,6 +172,13 @@ def explain_plan(planned: PlannedModel, request: Request) -> tuple[RunnerUp | No
         return problem_on(machine, planned.model, request, surroundings)
 
     return runner_up(problem(surroundings.machine)), find_levers(surroundings.machine, problem)
+
+
+def _too_slow(plan: Plan, min_tps: float | None) -> tuple[str, ...]:
+    speed = plan.prediction.decode_tps
+    if min_tps is None or speed is None or not plan.fits or speed.mid >= min_tps:
+        return ()
+    return (f"decode is forecast at {speed.mid:.1f} t/s, {min_tps:g} were asked for",)
 
 
 def _known_faults(model: LocatedModel) -> tuple[str, ...]:

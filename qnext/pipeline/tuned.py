@@ -33,6 +33,7 @@ from qnext.pipeline.planning import (
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice
 from qnext.pipeline.sweep_values import placement_from_dict, problem_of
+from qnext.plan.choice import Cache, named_cache
 from qnext.plan.plan import make_plan
 from qnext.plan.values import Placement
 from qnext.store.identity import model_digest
@@ -154,7 +155,7 @@ def _tuned_plan(request: Request, paths: Paths, notice: Notice, chosen: ChosenMo
     if asked:
         notice(f"tuned profile {good.name} is not used, because of {', '.join(asked)}")
         return None
-    placement = _with_wishes(good.placement, request)
+    placement = _with_wishes(good.placement, request, named_cache(request, chosen.model.shape))
     problem = problem_of(problem_on(machine, chosen.model, request, around), placement)
     if set(placement.devices) - set(problem.offload_devices()):
         notice(f"tuned profile {good.name} is not used: it needs {', '.join(placement.devices)}")
@@ -200,7 +201,7 @@ def _weights_asked(request: Request, tuned: Placement) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
 
 
-def _with_wishes(tuned: Placement, request: Request) -> Placement:
+def _with_wishes(tuned: Placement, request: Request, cache: Cache | None) -> Placement:
     """The tuned placement with what the user named."""
     named: dict[str, Any] = {
         "context": request.context,
@@ -210,8 +211,8 @@ def _with_wishes(tuned: Placement, request: Request) -> Placement:
         "batch": request.batch if request.batch != 2048 else None,
         "flash_attention": request.flash_attention if request.flash_attention != "on" else None,
     }
-    if request.kv_type_k or request.kv_type_v:
-        named |= {"kv_type_k": request.kv_type_k or "f16", "kv_type_v": request.kv_type_v or "f16"}
+    if cache is not None:
+        named |= {"kv_type_k": cache[0], "kv_type_v": cache[1]}
     return replace(tuned, **{name: value for name, value in named.items() if value is not None})
 
 

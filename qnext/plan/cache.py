@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qnext.config import KV_TYPES
 from qnext.errors import UsageError
 from qnext.models.gguf_types import GGML_TYPES_BY_NAME
 from qnext.models.shape import ModelShape
-from qnext.plan.traits import FLOAT_TYPES, DeviceTraits, pad
+from qnext.plan.traits import FLOAT_TYPES, DeviceTraits, host_traits, pad
 from qnext.plan.values import HOST, Placement
 
+_PLAIN = host_traits()
 _STEP = 256  # contexts and sliding windows are multiples of this
 
 
@@ -113,6 +114,26 @@ def recurrent_bytes(
         for width in (conv, state):
             totals[device] += traits[device].alloc_bytes((width, rows), "F32", width * rows * 4)
     return dict(totals)
+
+
+def snapshot_bytes(shape: ModelShape, placement: Placement) -> int:
+    """What a snapshot of one slot holds of a conversation that cannot be rewound: recurrent state, windows.
+
+    The cells of sliding windows are counted full (`llama_kv_cache_iswa::state_write`, its windowed part).
+    """
+    alone = replace(placement, parallel=1, recurrent_rollback=0)
+    plain = {HOST: _PLAIN}
+    homes = (HOST,) * (shape.n_layer_all + 1)
+    size = sum(recurrent_bytes(shape, alone, homes, plain).values())
+    sizes = context_sizes(shape, placement)
+    cells = min(shape.sliding_window, sizes.context_per_sequence)
+    for layer in shape.attention_layers:
+        if shape.sliding[layer] and not placement.swa_full:
+            heads = shape.head_count_kv[layer]
+            k_row, v_row = heads * shape.key_length_swa, heads * shape.value_length_swa
+            size += _cache_bytes(k_row, heads, cells, placement.kv_type_k, placement, _PLAIN)
+            size += _cache_bytes(v_row, heads, cells, placement.kv_type_v, placement, _PLAIN)
+    return size
 
 
 def output_bytes(shape: ModelShape, placement: Placement) -> int:

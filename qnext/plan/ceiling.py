@@ -21,7 +21,7 @@ def longest_context(problem: Problem, placed: Placed) -> int:
     base = placed.placement
     step = _CONTEXT_STEP * base.parallel
     if _fits(problem, placed, most * base.parallel):
-        return most * base.parallel
+        return max(most * base.parallel, base.context)
     low, high = base.context // step, most * base.parallel // step
     while high - low > max(1, low // 16):
         middle = (low + high) // 2

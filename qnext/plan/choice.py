@@ -18,6 +18,7 @@ from qnext.plan.options import (
     GPU_UBATCHES,
     MOST_SLOTS,
     SMALLEST_CONTEXT,
+    Wishes,
 )
 from qnext.plan.packing import pack_experts
 from qnext.plan.placement import Placed, Problem, find_placement
@@ -109,19 +110,22 @@ def _with_smaller_cache(problem: Problem, fitting: list[Placed]) -> list[Placed]
 
 def _rooms(problem: Problem) -> Iterator[tuple[int, Cache]]:
     """Contexts and cache types to try, most wanted first: rounding the cache is better than half the context,
-    but for those who prefer quality."""
+    for those who prefer quality as long as a turn fits in it."""
     contexts, caches = _contexts(problem), cache_types(problem)
     if problem.options.prefer == "quality":
-        yield from ((context, cache) for cache in caches for context in contexts)
-    else:
-        yield from ((context, cache) for context in contexts for cache in caches)
+        turn = problem.options.workload.tokens * (problem.options.parallel or 1)
+        enough = [context for context in contexts if context >= turn] or contexts[:1]
+        yield from ((context, cache) for cache in caches for context in enough)
+        contexts = contexts[len(enough) :]
+    yield from ((context, cache) for context in contexts for cache in caches)
 
 
 def _contexts(problem: Problem) -> list[int]:
     """Contexts to try, most wanted first."""
     options = problem.options
     slots = options.parallel or 1
-    wanted = max(DEFAULT_CONTEXT, -(-options.workload.tokens // SMALLEST_CONTEXT) * SMALLEST_CONTEXT)
+    turn = -(-options.workload.tokens // SMALLEST_CONTEXT) * SMALLEST_CONTEXT
+    wanted = max(DEFAULT_CONTEXT, turn * slots)
     contexts = [options.context or min(wanted, problem.shape.context_train * slots)]
     while options.context is None and contexts[-1] > SMALLEST_CONTEXT:
         contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))
@@ -131,13 +135,23 @@ def _contexts(problem: Problem) -> list[int]:
 def cache_types(problem: Problem) -> list[Cache]:
     """Cache types to try, most wanted first."""
     options = problem.options
-    named = options.kv_type_k or options.kv_type_v
-    if named is not None and problem.shape.latent_attention:  # one cache for both, so one type
-        return [(options.kv_type_k or named, options.kv_type_v or named)]
+    named = named_cache(options, problem.shape)
     if named is not None:
-        return [(options.kv_type_k or FULL_CACHE[0], options.kv_type_v or FULL_CACHE[1])]
+        return [named]
     small = options.flash_attention == "on" and _heads_divide(problem.shape, 32)
     return [FULL_CACHE, SMALL_CACHE] if small else [FULL_CACHE]
+
+
+def named_cache(wishes: Wishes, shape: ModelShape) -> Cache | None:
+    """What the user said of the cache, None where nothing was said.
+
+    With one type named the other is f16, or the same where keys and values are one cache.
+    """
+    named = wishes.kv_type_k or wishes.kv_type_v
+    if named is None:
+        return None
+    other = named if shape.latent_attention else FULL_CACHE[0]
+    return wishes.kv_type_k or other, wishes.kv_type_v or other
 
 
 def _heads_divide(shape: ModelShape, block: int) -> bool:

@@ -24,26 +24,33 @@ _MORE_VRAM_GIB = 8
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """One change of the machine. `gain` is the share of the turn's time that it saves, 0.2 for a fifth."""
+    """One change of the machine. `gain` is the share of the turn's time that it saves, 0.2 for a fifth; None
+    where the model does not fit without it."""
 
     what_if: str
     words: str
     prediction: Prediction
-    gain: float
+    gain: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerUp:
-    """The next best placement: what is different, and how much longer its turn takes (0.03: 3 %)."""
+    """The next best placement: what is different, and how much longer its turn takes (0.03: 3 %).
+
+    Negative where a rounded cache saves too little to be taken.
+    """
 
     words: str
     loss: float
 
 
 def find_levers(machine: Machine, make_problem: Callable[[Machine], Problem]) -> tuple[Lever, ...]:
-    """Changes that shorten the turn, the one that saves most first. `make_problem` sets up a machine."""
+    """Changes that shorten the turn, or make the model fit, the one that brings most first.
+
+    `make_problem` sets up a machine.
+    """
     before = _seconds(make_problem(machine))
-    if before is None:
+    if before == 0:  # a turn of nothing
         return ()
     found = []
     for what_if, words in _steps(machine):
@@ -54,10 +61,15 @@ def find_levers(machine: Machine, make_problem: Callable[[Machine], Problem]) ->
             continue
         workload = problem.options.workload
         prediction, _ = forecast(problem, placed.placement, placed.memory.devices, problem.speeds, workload)
-        gain = 1 - turn_seconds(prediction, workload) / before[0]
-        if gain > 0.005:
+        gain = 1 - turn_seconds(prediction, workload) / before if before else None
+        if gain is None or gain > 0.005:
             found.append(Lever(what_if, words, prediction, gain))
-    return tuple(sorted(found, key=lambda lever: lever.gain, reverse=True))
+    return tuple(sorted(found, key=_worth, reverse=True))
+
+
+def _worth(lever: Lever) -> float:
+    speed = lever.prediction.decode_tps
+    return (speed.mid if speed else 0.0) if lever.gain is None else lever.gain
 
 
 def runner_up(problem: Problem) -> RunnerUp | None:
@@ -65,14 +77,17 @@ def runner_up(problem: Problem) -> RunnerUp | None:
     ranked = fitting_placements(problem)
     if len(ranked) < 2 or problem.speeds is None:
         return None
-    best, second = ranked[:2]
-    loss = placed_seconds(problem, second) / placed_seconds(problem, best) - 1
+    best, *others = ranked
+    second = min(others, key=lambda other: placed_seconds(problem, other))
+    seconds = placed_seconds(problem, best)
+    loss = placed_seconds(problem, second) / seconds - 1 if seconds else 0.0
     return RunnerUp(_difference(best, second), loss)
 
 
-def _seconds(problem: Problem) -> tuple[float, Placed] | None:
+def _seconds(problem: Problem) -> float | None:
+    """The turn's time; None where the model does not fit or no speeds are known."""
     placed = choose_placement(problem)
-    return (placed_seconds(problem, placed), placed) if placed.fits and problem.speeds else None
+    return placed_seconds(problem, placed) if placed.fits and problem.speeds else None
 
 
 def _difference(best: Placed, other: Placed) -> str:
@@ -84,12 +99,17 @@ def _difference(best: Placed, other: Placed) -> str:
     before, after = (len(one.placement.cpu_expert_layers) for one in (best, other))
     if after != before:
         parts.append(f"experts of {after} layers in RAM instead of {before}")
+    if other.placement.devices != best.placement.devices:
+        parts.append(f"on {' + '.join(other.placement.devices) or 'the CPU'}")
     return ", ".join(parts)
 
 
 def _steps(machine: Machine) -> Iterator[tuple[str, str]]:
     """(change, in words) worth trying on this machine."""
     memory = machine.memory
+    if memory.total_bytes and not machine.unified_memory:
+        size = 2 * round(memory.total_bytes / GIB)
+        yield f"ram={size}G", f"twice the RAM ({size} GiB)"
     bandwidth = memory.rated_bandwidth_bps or memory.measured_bandwidth_bps
     if bandwidth:
         faster = round(bandwidth * _STEP / 1e9)

@@ -13,6 +13,7 @@ from typing import Any
 from qnext.models.header import ModelHeader
 from qnext.models.shape import ModelShape
 from qnext.plan.alternatives import suggest_changes
+from qnext.plan.cache import snapshot_bytes
 from qnext.plan.ceiling import longest_context
 from qnext.plan.choice import choose_placement
 from qnext.plan.flags import llama_server_argv, server_warnings
@@ -26,6 +27,7 @@ from qnext.plan.values import (
     Placement,
     Prediction,
     Reason,
+    Workload,
     device_to_dict,
 )
 
@@ -68,7 +70,7 @@ def make_plan(
     placement = placed.placement
     memory = placed.memory.devices
     prediction, speed_reason = forecast(problem, placement, memory, speeds, problem.options.workload)
-    caches = plan_host_caches(memory, placement.parallel)
+    caches = plan_host_caches(memory, placement.parallel, snapshot_bytes(shape, placement))
     return Plan(
         model_ref=model_ref,
         header=header,
@@ -92,7 +94,7 @@ def make_plan(
             *placed.memory.reasons,
             speed_reason,
         ),
-        warnings=(*server_warnings(placement), *_context_warnings(shape, placement)),
+        warnings=(*server_warnings(placement), *_context_warnings(problem, placement)),
     )
 
 
@@ -143,8 +145,13 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _context_warnings(shape: ModelShape, placement: Placement) -> tuple[str, ...]:
+def _context_warnings(problem: Problem, placement: Placement) -> tuple[str, ...]:
     per_slot = placement.context // placement.parallel
-    if per_slot <= shape.context_train:
-        return ()
-    return (f"{per_slot:,} tokens of context per slot are more than the {shape.context_train:,} trained for",)
+    trained, options = problem.shape.context_train, problem.options
+    if per_slot > trained:
+        return (f"{per_slot:,} tokens of context per slot are more than the {trained:,} trained for",)
+    stated = options.context is None or options.workload != Workload()
+    if stated and per_slot < options.workload.tokens:
+        turn = f"{options.workload.tokens:,} that a turn of the workload needs"
+        return (f"{per_slot:,} tokens of context per slot are fewer than the {turn}",)
+    return ()

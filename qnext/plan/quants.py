@@ -15,6 +15,7 @@ from qnext.plan.ceiling import longest_context
 from qnext.plan.choice import choose_placement
 from qnext.plan.options import Preference
 from qnext.plan.placement import Placed, Problem
+from qnext.plan.reasons import layers_with_experts_in_ram
 from qnext.plan.turn import forecast
 from qnext.plan.values import Prediction, Reason
 
@@ -118,10 +119,11 @@ def _where(placed: Placed, problem: Problem) -> str:
     placement, shape = placed.placement, problem.shape
     if not placement.devices:
         return "CPU"
-    moved = len(placement.cpu_expert_layers)
+    moved = len(layers_with_experts_in_ram(shape, placement))
     on = " + ".join(placement.devices)
     if placement.n_gpu_layers <= shape.n_layer_all:
-        return f"{placement.n_gpu_layers - 1}/{shape.n_layer} layers on {on}, no experts"
+        experts = f", {moved} layers' experts in RAM" if moved else ""
+        return f"{placement.n_gpu_layers - 1}/{shape.n_layer} layers on {on}{experts}"
     return f"{moved}/{shape.n_layer} layers' experts in RAM" if moved else f"all on {on}"
 
 

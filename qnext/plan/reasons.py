@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qnext.models.shape import layer_of
+from qnext.models.shape import ModelShape, layer_of
 from qnext.plan.choice import SLOTS_COST, SMALL_CACHE, SMALL_CACHE_GAIN
 from qnext.plan.host_caches import HostCaches
 from qnext.plan.layer_prices import NO_PIPELINE
 from qnext.plan.options import DEFAULT_CONTEXT, GPU_UBATCHES
 from qnext.plan.placement import Placed, Problem
 from qnext.plan.turn import verifying_share
-from qnext.plan.values import Reason
+from qnext.plan.values import Placement, Reason
 from qnext.units import format_bytes
 
 
@@ -58,16 +58,18 @@ def plan_reasons(problem: Problem, placed: Placed, caches: HostCaches) -> list[R
 
 
 def _context_reason(problem: Problem, placed: Placed) -> Reason:
-    per_slot = placed.placement.context // placed.placement.parallel
-    trained = problem.shape.context_train
-    because = "all the model was trained for"
-    if per_slot < trained:
-        because = "the usual default, halved until it fits; the model was trained for more"
-    if DEFAULT_CONTEXT < problem.options.workload.tokens <= per_slot:
-        because = f"a turn of the workload needs {problem.options.workload.tokens:,} tokens"
-    return Reason(
-        f"context {placed.placement.context}", because, {"trained": trained, "default": DEFAULT_CONTEXT}
-    )
+    context, slots = placed.placement.context, placed.placement.parallel
+    trained, turn = problem.shape.context_train, problem.options.workload.tokens
+    because = "the usual default; the model was trained for more"
+    if context // slots >= trained:
+        because = "all the model was trained for"
+    elif context < DEFAULT_CONTEXT:
+        because = f"halved from {DEFAULT_CONTEXT:,} until it fitted"
+    elif context > DEFAULT_CONTEXT and turn > DEFAULT_CONTEXT // slots:
+        because = f"a turn of the workload needs {turn:,} tokens"
+    if slots > 1:
+        because += f"; {context // slots:,} for each of {slots} slots"
+    return Reason(f"context {context}", because, {"trained": trained, "default": DEFAULT_CONTEXT})
 
 
 def _cache_reasons(problem: Problem, placed: Placed) -> list[Reason]:
@@ -86,7 +88,8 @@ def _slots_reason(placed: Placed) -> Reason:
     slots = placed.placement.parallel
     each = sum(device.kv_bytes + device.recurrent_bytes for device in placed.memory.devices) // slots
     because = (
-        f"each holds a whole context, and together they add at most {SLOTS_COST:.0%} to one user's turn"
+        f"each holds {placed.placement.context // slots:,} tokens, and together they add at most "
+        f"{SLOTS_COST:.0%} to one user's turn"
         if slots > 1
         else "a second one would shorten the context or slow down the first"
     )
@@ -120,10 +123,16 @@ def _host_caches_reason(caches: HostCaches) -> Reason:
     if caches.checkpoint_bytes:
         numbers |= {"checkpoints": caches.checkpoints, "checkpoint_bytes": caches.checkpoint_bytes}
         because += (
-            f"; recurrent state cannot be rewound, so {caches.checkpoints} snapshots of "
+            f"; this model's memory cannot be rewound, so {caches.checkpoints} snapshots of "
             f"{format_bytes(caches.checkpoint_bytes)} are kept for each slot"
         )
     return Reason(f"prompt cache {format_bytes(caches.prompt_cache_bytes)}", because, numbers)
+
+
+def layers_with_experts_in_ram(shape: ModelShape, placement: Placement) -> frozenset[int]:
+    """The trunk's layers that leave their experts on the host, with or without the rest of them."""
+    first = max(0, shape.n_layer_all + 1 - placement.n_gpu_layers) if placement.devices else shape.n_layer
+    return frozenset((*range(min(first, shape.n_layer)), *placement.cpu_expert_layers))
 
 
 def _placement_reason(problem: Problem, placed: Placed) -> Reason:
@@ -149,24 +158,28 @@ def _placement_reason(problem: Problem, placed: Placed) -> Reason:
             "whole layers move, the last ones first",
             numbers,
         )
-    moved = len(placement.cpu_expert_layers)
+    moved = len(layers_with_experts_in_ram(shape, placement))
     numbers["cpu_expert_layers"] = moved
     what = f"experts of {moved} of {shape.n_layer} layers on the CPU" if moved else "all experts on the GPU"
     if partly:
-        return Reason(
-            f"{what}, {layers - 1} layers without them on the GPU",
-            "the GPU has no room for attention and cache of all layers",
-            numbers,
-        )
+        because = "the GPU has no room for attention and cache of all layers"
+        if problem.options.n_gpu_layers is not None:
+            because = f"asked for with -ngl {problem.options.n_gpu_layers}"
+        bare = " without them" if moved == shape.n_layer else ""
+        return Reason(f"{what}, {layers - 1} layers{bare} on the GPU", because, numbers)
+    if problem.options.cpu_experts is not None:
+        asked = min(problem.options.cpu_experts, shape.n_layer)
+        return Reason(what, f"asked for with -ncmoe {asked}", numbers)
     because = (
         "attention, cache and shared experts serve every token and go to the GPU first; experts follow while "
         "they fit, packed by their sizes so that the least time is lost to RAM"
     )
-    if moved and problem.options.cpu_experts is None:
-        following = shape.layer_bytes[placement.cpu_expert_layers[0]].expert_bytes
+    if placement.cpu_expert_layers:
+        following = min(shape.layer_bytes[layer].expert_bytes for layer in placement.cpu_expert_layers)
         numbers["next_layer_bytes"] = following
-        room = format_bytes(sum(one for one in left.values() if one > 0))
-        because += f"; the next layer's take {format_bytes(following)}, {room} are left"
+        room = format_bytes(max(0, *left.values()))
+        where = " on one GPU at most" if len(left) > 1 else ""
+        because += f"; the next layer's take {format_bytes(following)}, {room} are left{where}"
     return Reason(what, because, numbers)
 
 

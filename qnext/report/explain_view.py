@@ -29,11 +29,7 @@ def explain_view(plan: Plan, second: RunnerUp | None, levers: Sequence[Lever]) -
             )
             parts.append(Padding(Text(f"{reason.what}: {told}"), (0, 0, 0, 2)))
     parts += [Text(), Text("Next best", style="bold")]
-    told = (
-        f"{second.words}: the turn takes {second.loss:.1%} longer".replace("%", " %")
-        if second
-        else "no other"
-    )
+    told = f"{second.words}: {_longer(second.loss)}" if second else "no other"
     parts.append(Padding(Text(told), (0, 0, 0, 2)))
     parts += [Text(), Text("What would change it most", style="bold")]
     if not levers:
@@ -43,10 +39,16 @@ def explain_view(plan: Plan, second: RunnerUp | None, levers: Sequence[Lever]) -
     for title in ("turn", "decode", "change", "--what-if"):
         table.add_column(title, no_wrap=title in ("turn", "decode"))
     for lever in levers:
-        gain = f"−{lever.gain:.0%}".replace("%", " %")
+        gain = "fits" if lever.gain is None else f"−{lever.gain:.0%}".replace("%", " %")
         table.add_row(gain, forecast(lever.prediction.decode_tps), lever.words, lever.what_if)
     parts.append(Padding(table, (0, 0, 0, 2)))
     return Group(*parts)
+
+
+def _longer(loss: float) -> str:
+    if loss < 0:
+        return f"the turn takes {-loss:.1%} less, which is not worth rounding the cache".replace("%", " %")
+    return f"the turn takes {loss:.1%} longer".replace("%", " %")
 
 
 def _words(name: str) -> str:

@@ -95,7 +95,7 @@ def _settings(plan: Plan) -> RenderableType:
     table.add_row("forecast from", _SOURCES[plan.prediction.source])
     growth = ""
     if plan.context_ceiling and plan.context_ceiling > placement.context:
-        growth = f"; up to {plan.context_ceiling:,} would fit"
+        growth = f"; up to {plan.context_ceiling:,} fit at the cost of speed"
     slots = f" for {placement.parallel} slots" if placement.parallel > 1 else ""
     table.add_row(
         "context",

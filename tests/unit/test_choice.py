@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 
-from qnext.hardware import load_machine
+from qnext.hardware import Machine, load_machine
 from qnext.models.shape import read_shape
 from qnext.models.synth.imagined import imagined_header
+from qnext.plan.cache import snapshot_bytes
 from qnext.plan.choice import SLOTS_COST, SMALL_CACHE_GAIN, cache_types, choose_placement, fitting_placements
+from qnext.plan.levers import find_levers, runner_up
 from qnext.plan.machine_speeds import machine_speeds, thread_counts
 from qnext.plan.options import DEFAULT_CONTEXT, MOST_SLOTS, PlanOptions
 from qnext.plan.placement import Problem
 from qnext.plan.plan import make_plan
 from qnext.plan.problem import make_problem
 from qnext.plan.turn import placed_seconds
-from qnext.plan.values import HOST, Workload
+from qnext.plan.values import HOST, WORKLOADS, Placement, Workload
 from qnext.units import GIB
-from tests.planning import SPEEDS
+from tests.planning import SPEEDS, model
 from tests.planning import problem as tiny
 
 WIDE_CACHE, NARROW_CACHE = "qwen3-30b-a3b", "qwen3-next-80b-a3b"
@@ -118,13 +120,13 @@ def test_slots_share_a_context_that_was_named_and_each_holds_a_turn() -> None:
 
 
 def test_the_best_comes_first_and_a_rounded_cache_only_with_its_gain() -> None:
-    for model in (WIDE_CACHE, NARROW_CACHE):
-        problem = asking(model)
+    for name in (WIDE_CACHE, NARROW_CACHE):
+        problem = asking(name)
         ranked = fitting_placements(problem)
         for kind in ("f16", "q8_0"):
             times = [placed_seconds(problem, one) for one in ranked if one.placement.kv_type_k == kind]
             assert times and times == sorted(times)
-        assert (ranked[0].placement.kv_type_k == "q8_0") is (model == WIDE_CACHE)
+        assert (ranked[0].placement.kv_type_k == "q8_0") is (name == WIDE_CACHE)
 
 
 def test_caches_of_earlier_prompts_stay_inside_the_ram_that_is_left() -> None:
@@ -152,3 +154,62 @@ def test_a_latent_cache_has_one_type_for_keys_and_values() -> None:
     problem = replace(problem, shape=replace(problem.shape, latent_attention=True))
     assert cache_types(problem) == [("q8_0", "q8_0")]
     assert cache_types(asking(NARROW_CACHE, kv_type_k="q8_0")) == [("q8_0", "f16")]
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_every_slot_holds_a_turn_of_the_workload(slots: int) -> None:
+    agent = WORKLOADS["agent"]
+    placement = choose_placement(asking(NARROW_CACHE, workload=agent, parallel=slots)).placement
+    assert placement.context // slots >= agent.tokens
+
+
+def test_a_context_too_short_for_the_stated_turn_is_said() -> None:
+    def warned(**wishes: Any) -> bool:
+        plan = make_plan("m", asking(NARROW_CACHE, **wishes), SPEEDS)
+        return any("fewer than" in said for said in plan.warnings)
+
+    assert warned(context=4096, workload=WORKLOADS["documents"])
+    assert not warned(context=4096)
+    assert not warned(workload=WORKLOADS["documents"])
+
+
+def test_snapshots_of_sliding_windows_are_counted() -> None:
+    shape = model("tiny-gpt-oss")[1]
+    placement = Placement(parallel=2, context=8192)
+    cells = min(shape.sliding_window, 4096)
+    windowed = [layer for layer in shape.attention_layers if shape.sliding[layer]]
+    width = sum(
+        shape.head_count_kv[layer] * (shape.key_length_swa + shape.value_length_swa) for layer in windowed
+    )
+    assert windowed and snapshot_bytes(shape, placement) == cells * width * 2
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"n_gpu_layers": 5}, ("-ngl 5", "experts of 44 of 48")),
+        ({"cpu_experts": 46}, ("-ncmoe 46", "experts of 46 of 48")),
+    ],
+)
+def test_what_was_asked_for_is_the_reason(wishes: dict[str, Any], said: tuple[str, str]) -> None:
+    reason = make_plan("m", asking(NARROW_CACHE, "rtx5080-128gb", **wishes), SPEEDS).reasons[0]
+    assert said[0] in reason.because and said[1] in reason.what
+
+
+def test_what_does_not_fit_is_told_what_would_make_it_fit() -> None:
+    machine = load_machine("rtx3060-32gb")
+
+    def problem(changed: Machine) -> Problem:
+        header = imagined_header(NARROW_CACHE, "Q4_K_M")
+        return make_problem(
+            header, read_shape(header), changed, PlanOptions(), speeds=machine_speeds(changed)
+        )
+
+    assert not choose_placement(problem(machine)).fits
+    levers = find_levers(machine, problem)
+    assert any(lever.what_if.startswith("ram=") and lever.gain is None for lever in levers)
+
+
+def test_a_turn_of_nothing_has_no_runner_up_to_divide_by() -> None:
+    second = runner_up(asking(NARROW_CACHE, workload=Workload(0, 0, 0)))
+    assert second is None or second.loss == 0.0

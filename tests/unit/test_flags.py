@@ -192,7 +192,7 @@ def test_pinned_memory_becomes_plain_memory_on_the_line_and_is_said() -> None:
 @given(st.integers(0, 40 * GIB), st.integers(0, 100 * MIB), st.integers(1, 8))
 def test_caches_of_the_server_stay_in_what_the_plan_leaves(spare: int, snapshot: int, slots: int) -> None:
     host = DeviceMemory("CPU", "host", GIB + spare, GIB - snapshot * slots, 0, snapshot * slots, 0)
-    caches = plan_host_caches([host], slots)
+    caches = plan_host_caches([host], slots, snapshot)
     argv = llama_server_argv(Placement(parallel=slots), "m.gguf", SHAPE, caches)
     checkpoints = int(argv[argv.index("--ctx-checkpoints") + 1])
     cache = int(argv[argv.index("--cache-ram") + 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qnext.hardware import Machine, load_machine
@@ -57,8 +59,13 @@ def test_the_runner_up_is_the_second_of_those_weighed() -> None:
     here = problem(load_machine("rtx4070-64gb"))
     ranked = fitting_placements(here)
     second = runner_up(here)
-    assert second is not None and second.loss >= 0
-    assert f"ubatch {ranked[1].placement.ubatch:,}" in second.words
+    times = [placed_seconds(here, one) for one in ranked]
+    assert second is not None and second.loss == pytest.approx(min(times[1:]) / times[0] - 1)
+    assert second.loss >= 0 or "KV cache in q8_0" in second.words
+    whole = replace(here, options=replace(here.options, kv_type_k="f16"))
+    other = runner_up(whole)
+    assert other is not None and other.loss >= 0
+    assert f"ubatch {fitting_placements(whole)[1].placement.ubatch:,}" in other.words
     assert runner_up(problem(load_machine("epyc-12ch-cpu"))) is None
 
 
