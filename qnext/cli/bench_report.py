@@ -12,7 +12,7 @@ from qnext.cli.output import note
 if TYPE_CHECKING:
     from qnext.store.record import Record
     from qnext.store.results import ResultStore
-    from qnext.store.sweeps import StoredSweep, SweepStore
+    from qnext.store.sweeps import StoredSweep
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +45,7 @@ def report(
 
     path = find_paths().results_db
     sweeps, results = SweepStore(path), ResultStore(path)
-    stored = _newest(sweeps, results) if sweep is None else sweeps.get(sweep)
+    stored = sweeps.newest() if sweep is None else sweeps.get(sweep)
     if stored is None:
         raise UsageError("no sweep was made yet", hint="Start one: qnext bench sweep demo")
     page = html_report(stored, _record_of(stored, results))
@@ -59,16 +59,6 @@ def report(
             f"cannot write {output}: {error.strerror or error}", hint="Give -o another place."
         ) from error
     note(f"wrote sweep {stored.id} to {output}")
-
-
-def _newest(sweeps: SweepStore, results: ResultStore) -> StoredSweep | None:
-    """The newest sweep: one that was cut short, or one that left records."""
-    found = [] if (cut := sweeps.unfinished()) is None else [cut]
-    for record in results.history(200, kind="bench"):
-        if (record.workload or {}).get("sweep"):
-            found.append(sweeps.get(str((record.workload or {})["sweep"])))
-            break
-    return max(found, key=lambda one: one.started_at, default=None)
 
 
 def _record_of(sweep: StoredSweep, results: ResultStore) -> Record | None:

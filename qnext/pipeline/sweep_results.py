@@ -113,10 +113,19 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
     points = [one for one in results if one.decode_tps and one.prefill_tps]
     front = pareto_front([(one.decode_tps or 0, one.prefill_tps or 0, one.context) for one in points])
     store = SweepStore(paths.results_db)
+    plan = _plan_of(run.planned, winner.cell)
     store.finish(
         run.sweep.id,
         "ok",
-        result={"winner": winner_name, "profile": profile.name, "verdict": profile.verdict},
+        result={
+            "winner": winner_name,
+            "profile": profile.name,
+            "verdict": profile.verdict,
+            "against": _against_to_dict(against),
+            "llama_server_argv": list(plan.argv),
+            "loads": loads,
+            "cut_short": run.cut_short,
+        },
         standings={place: (one.status, one.because) for place, one in enumerate(results)},
         records={place: one.record.id for place, one in enumerate(results) if one.record is not None},
     )
@@ -127,7 +136,7 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
         results=results,
         against=against,
         front=tuple(points[index].cell.name for index in front),
-        plan=_plan_of(run.planned, winner.cell),
+        plan=plan,
         profile=profile,
         loads=loads,
         rival=_rival(run.result, winner_name),
@@ -154,10 +163,7 @@ def sweep_to_dict(end: SweepEnd) -> dict[str, Any]:
         "fit": record(end.of_role("fit")),
         "best": record(end.winner),
         "winner": end.winner.cell.name,
-        "against": {
-            role: {"cell": name, **(_verdict_to_dict(verdict) if verdict else {"word": None})}
-            for role, (name, verdict) in end.against.items()
-        },
+        "against": _against_to_dict(end.against),
         "rival": {"cell": end.rival[0], **_verdict_to_dict(end.rival[1])} if end.rival else None,
         "pareto": list(end.front),
         "loads": end.loads,
@@ -181,6 +187,13 @@ def sweep_to_dict(end: SweepEnd) -> dict[str, Any]:
             for one in end.results
         ],
         "profile": end.profile.name,
+    }
+
+
+def _against_to_dict(against: Mapping[Role, tuple[str, Verdict | None]]) -> dict[str, Any]:
+    return {
+        role: {"cell": name, **(_verdict_to_dict(verdict) if verdict else {"word": None})}
+        for role, (name, verdict) in against.items()
     }
 
 

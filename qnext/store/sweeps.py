@@ -233,6 +233,11 @@ class SweepStore:
         found = self._select(f"{where} ORDER BY started_at DESC, rowid DESC LIMIT 1", values)
         return found[0] if found else None
 
+    def newest(self) -> StoredSweep | None:
+        """The sweep that was started last."""
+        found = self._select("1 ORDER BY started_at DESC, rowid DESC LIMIT 1", ())
+        return found[0] if found else None
+
     def _select(self, where: str, values: Iterable[object]) -> list[StoredSweep]:
         if not self.path.exists():
             return []
