@@ -39,7 +39,8 @@ def test_a_repository_is_planned_from_its_headers_alone(qnext: Qnext, ladder: Hu
     assert {one["quant"] for one in plan["candidates"]} == set(QUANTS)
     best = [one["quality"] for one in plan["candidates"]]
     assert best == sorted(best, reverse=True)
-    assert plan["model"]["ref"].startswith(f"{REPO}:") and plan["reasons"][0]["what"].startswith("quant ")
+    assert plan["model"]["ref"].startswith(f"{REPO}:")
+    assert any(reason["what"].startswith("quant ") for reason in plan["reasons"])
     assert all(one["fits"] and one["decode_tps"] and one["context_ceiling"] for one in plan["candidates"])
     assert "/snapshots/" in plan["llama_server_argv"][plan["llama_server_argv"].index("-m") + 1]
     sent = sum(entry.sent for entry in ladder.log)
