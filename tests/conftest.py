@@ -36,6 +36,7 @@ def qnext_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("QNEXT_THREADS", "1")
         patch.setenv("QNEXT_THREADS_BATCH", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # hundreds of processes would compile it all
         yield home
 
 
