@@ -20,7 +20,6 @@ from qnext.pipeline.planning import PlannedModel
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_levels import Levels, cache_word
 from qnext.pipeline.sweep_values import (
-    MODEL_FIELDS,
     Cell,
     Grid,
     Objective,
@@ -33,7 +32,7 @@ from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
 from qnext.plan.placement import ALL_LAYERS, check_placement, on_cpu
 from qnext.plan.turn import forecast
-from qnext.plan.values import HOST, Override, Placement
+from qnext.plan.values import HOST, MODEL_FIELDS, Override, Placement
 from qnext.units import format_bytes
 
 MOST_CELLS = 150

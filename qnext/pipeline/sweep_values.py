@@ -14,23 +14,11 @@ from qnext.bench.knob_model import Level
 from qnext.bench.race_values import Arm
 from qnext.pipeline.request import Request
 from qnext.plan.placement import Problem
-from qnext.plan.values import Override, Placement, Prediction, SpeedRange, Workload
+from qnext.plan.values import MODEL_FIELDS, Override, Placement, Prediction, SpeedRange, Workload
 from qnext.store.identity import digest_of
 
 Objective = Literal["turn", "decode", "prefill"]
 Role = Literal["plan", "fit", "defaults"]
-
-MODEL_FIELDS = (
-    "devices",
-    "rpc_servers",
-    "n_gpu_layers",
-    "overrides",
-    "tensor_split",
-    "load_mode",
-    "extra_buffers",
-    "load_mtp",
-)
-"""The fields of a placement that need the model loaded again; the others need a new context."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,19 @@ class Placement:
     recurrent_rollback: int = 0
 
 
+MODEL_FIELDS = (
+    "devices",
+    "rpc_servers",
+    "n_gpu_layers",
+    "overrides",
+    "tensor_split",
+    "load_mode",
+    "extra_buffers",
+    "load_mtp",
+)
+"""The fields of a placement that decide how a model is loaded; the others are its context's."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """Bytes on one device, planned or allocated; the same keys in plans and records so they lie side by side.

@@ -20,12 +20,11 @@ import psutil
 import pytest
 
 from qnext.config import Paths, find_paths
-from qnext.engine.llama.params import model_part
 from qnext.pipeline.planning import plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_results import conclude, sweep_to_dict
 from qnext.pipeline.sweep_setup import Prepared, prepare_sweep
-from qnext.pipeline.sweep_values import MODEL_FIELDS, Cell, Grid
+from qnext.pipeline.sweep_values import Cell, Grid
 from qnext.pipeline.sweeping import (
     Progress,
     SweepRun,
@@ -34,7 +33,7 @@ from qnext.pipeline.sweeping import (
     run_sweep,
     start_sweep,
 )
-from qnext.plan.values import CPU_REPACK, Override, Placement, Workload
+from qnext.plan.values import CPU_REPACK, Override, Workload
 from qnext.store.sweeps import StoredSweep, SweepStore
 from tests.conftest import Qnext
 
@@ -262,10 +261,6 @@ def test_a_dry_run_measures_nothing(qnext: Qnext, home: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "ub 32" in done.stdout and "expected time 10 min" in " ".join(done.stdout.split())
     assert not (home / "data" / "results.db").exists()
-
-
-def test_what_needs_a_load_is_what_the_engine_calls_the_model_part() -> None:
-    assert set(MODEL_FIELDS) == set(model_part(Placement()))
 
 
 @pytest.fixture(autouse=True)

@@ -12,27 +12,15 @@ from typing import Any
 
 from qnext.engine.llama.binding import EngineFailure, buffer_types, ggml, llama
 from qnext.models.gguf_types import GGML_TYPES_BY_NAME
-from qnext.plan.values import Override, Placement
+from qnext.plan.values import MODEL_FIELDS, Override, Placement
 
 LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 
 
-_MODEL_FIELDS = (
-    "devices",
-    "rpc_servers",
-    "n_gpu_layers",
-    "overrides",
-    "tensor_split",
-    "load_mode",
-    "extra_buffers",
-    "load_mtp",
-)
-
-
 def model_part(placement: Placement) -> dict[str, Any]:
     """The fields of a placement that decide how a model is loaded; the others are its context's."""
-    return {name: getattr(placement, name) for name in _MODEL_FIELDS}
+    return {name: getattr(placement, name) for name in MODEL_FIELDS}
 
 
 def placement_from_message(fields: dict[str, Any]) -> Placement:
