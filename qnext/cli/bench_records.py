@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.output import note, print_json, print_table
+from qnext.cli.output import note, print_json, print_table, write_file
 
 
 class ExportFormat(StrEnum):
@@ -138,12 +138,7 @@ def export(
     if output is None:
         sys.stdout.write(text)
         return
-    try:
-        output.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror or error}", hint="Give -o another place."
-        ) from error
+    write_file(output, text)
     note(f"wrote {count} test{'' if count == 1 else 's'} to {output}")
 
 

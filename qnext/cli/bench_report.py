@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnext.cli.output import note
+from qnext.cli.output import note, write_file
 
 if TYPE_CHECKING:
     from qnext.store.record import Record
@@ -52,12 +52,7 @@ def report(
     if str(output) == "-":
         sys.stdout.write(page)
         return
-    try:
-        output.write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror or error}", hint="Give -o another place."
-        ) from error
+    write_file(output, page)
     note(f"wrote sweep {stored.id} to {output}")
 
 

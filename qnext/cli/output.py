@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qnext.errors import QnextError
+from qnext.errors import QnextError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console, RenderableType
 
 PROGRESS_DELAY_S = 0.5
@@ -48,6 +50,16 @@ def print_table(table: RenderableType) -> None:
 
     # Uncropped: a path in a command may be longer than the line, and has to stay whole.
     Console(highlight=False).print(table, crop=False)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write what was asked for with `-o`, as UTF-8 with plain line ends. Raises UsageError."""
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}", hint="Give -o another place."
+        ) from error
 
 
 def note(text: str) -> None:

@@ -120,8 +120,7 @@ def plan_chosen(request: Request, paths: Paths, chosen: ChosenModel) -> PlannedM
         with closing(DryRunner(model.header, surroundings.build, paths.headers_dir)) as runner:
             plan = _plan_measured(model.ref, problem, surroundings.speeds, runner)
     plan = replace(
-        plan,
-        argv=tuple(model.path if word == str(model.header.paths[0]) else word for word in plan.argv),
+        with_path(plan, model),
         reasons=(plan.reasons[0], chosen.why, *plan.reasons[1:]) if chosen.why else plan.reasons,
         warnings=(
             *surroundings.warnings,
@@ -131,6 +130,12 @@ def plan_chosen(request: Request, paths: Paths, chosen: ChosenModel) -> PlannedM
         ),
     )
     return PlannedModel(model, surroundings, problem, plan, chosen.candidates)
+
+
+def with_path(plan: Plan, model: LocatedModel) -> Plan:
+    """The plan with the model's file, in its command line, where it will be loaded from."""
+    path = str(plan.header.paths[0])
+    return replace(plan, argv=tuple(model.path if word == path else word for word in plan.argv))
 
 
 def problem_on(

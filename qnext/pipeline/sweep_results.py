@@ -18,7 +18,7 @@ from qnext.bench.race_values import Result
 from qnext.bench.verdict import Verdict, compare_paired
 from qnext.config import Paths
 from qnext.hardware import machine_fingerprint
-from qnext.pipeline.planning import PlannedModel
+from qnext.pipeline.planning import PlannedModel, with_path
 from qnext.pipeline.recording import new_record, test_result
 from qnext.pipeline.surroundings import require_this_machine
 from qnext.pipeline.sweep_values import Cell, Role, SweepSettings, problem_of
@@ -285,8 +285,7 @@ def _plan_of(planned: PlannedModel, cell: Cell) -> Plan:
         return planned.plan
     problem = problem_of(replace(planned.problem, compute=None), cell.placement)
     plan = make_plan(planned.plan.model_ref, problem, planned.surroundings.speeds, placement=cell.placement)
-    path = str(planned.model.header.paths[0])
-    return replace(plan, argv=tuple(planned.model.path if word == path else word for word in plan.argv))
+    return with_path(plan, planned.model)
 
 
 def _record(run: SweepRun, one: CellResult, command: Sequence[str], kind: Any) -> Record:

@@ -29,6 +29,7 @@ from qnext.pipeline.planning import (
     compute_per_device,
     plan_chosen,
     problem_on,
+    with_path,
 )
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice
@@ -170,9 +171,7 @@ def _tuned_plan(request: Request, paths: Paths, notice: Notice, chosen: ChosenMo
     if not plan.fits:
         notice(f"tuned profile {good.name} has no room now; planning anew")
         return None
-    path = str(chosen.model.header.paths[0])
-    argv = tuple(chosen.model.path if word == path else word for word in plan.argv)
-    plan = replace(plan, argv=argv, warnings=(*around.warnings, *plan.warnings))
+    plan = with_path(replace(plan, warnings=(*around.warnings, *plan.warnings)), chosen.model)
     notice(_said(good))
     return PlannedModel(
         chosen.model, around, problem, plan, chosen.candidates, environment=dict(good.environment)
