@@ -7,28 +7,21 @@ occasion and removed afterwards. The two sides are in memory together and run in
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from claims import ROOT, CannotMeasure, Figure, claim
+from claims import ROOT, Figure, claim
+from claims._slice import peer, safe_layout, true_slice, wheel_libraries
 from claims._turns import LlamaBench, QnextBench, Samples, Side, take_turns
-
-if TYPE_CHECKING:
-    from qnext.bench.statistics import PairedRatio
+from qnext.bench.verdict import Verdict, compare_paired
 
 LOADS = 2
 """Each side is loaded so often, in the other order each time: where its pages come to lie may matter."""
 SAMPLES = 5
 PROMPT, GENERATE = 512, 128
 SLICE_LAYERS = 8
-_NEEDS_BYTES = 21 << 30
 
 
 @claim("bench-pp512", "pp512 of an 8-layer slice: qnext / llama-bench", bar="within 2 %", minutes=8)
@@ -53,23 +46,17 @@ def measure_repack_decode() -> Figure:
 
 def _agreement(test: str) -> Figure:
     ours, theirs = _against_llama_bench()
-    pairs = _pairs(theirs[test], ours[test])
+    pairs = compare_paired(theirs[test], ours[test])
     return Figure(pairs.ratio, "x", abs(pairs.ratio - 1) <= 0.02, _pairs_text(pairs))
 
 
 def _gain(test: str) -> Figure:
     experts, plain = _layouts()
-    pairs = _pairs(plain[test], experts[test])
+    pairs = compare_paired(plain[test], experts[test])
     return Figure(pairs.ratio, "x", pairs.low > 1, _pairs_text(pairs))
 
 
-def _pairs(slow: list[int], fast: list[int]) -> PairedRatio:
-    from qnext.bench.statistics import paired_ratio
-
-    return paired_ratio(slow, fast)
-
-
-def _pairs_text(pairs: PairedRatio) -> str:
+def _pairs_text(pairs: Verdict) -> str:
     return (
         f"median of {pairs.pairs} pairs run in turns over {LOADS} loads; {pairs.low:.3f}–{pairs.high:.3f} at "
         f"{pairs.confidence:.0%}"
@@ -79,23 +66,23 @@ def _pairs_text(pairs: PairedRatio) -> str:
 @cache
 def _against_llama_bench() -> tuple[Samples, Samples]:
     """(qnext, llama-bench), same file, placement, threads, and the very same libraries."""
-    bench = _llama_bench()
-    with _slice() as (model, home):
-        layout = _safe_layout(home)
+    bench = peer("llama-bench")
+    with true_slice(SLICE_LAYERS) as (model, home):
+        layout = safe_layout(home)
         theirs = [
             str(bench), "-m", str(model), "-p", str(PROMPT), "-n", str(GENERATE), "-r", str(SAMPLES),
             "-t", _threads(), "-ngl", "0", "-fa", "1", "-lm", "none", "--progress", "-o", "jsonl",
             "--repack", "1" if layout == "full" else "0",
         ]  # fmt: skip
         ours = "full" if layout == "full" else "off"
-        return _compare(lambda: (_qnext(model, home, ours), LlamaBench(theirs, _wheel_libraries())))
+        return _compare(lambda: (_qnext(model, home, ours), LlamaBench(theirs, wheel_libraries())))
 
 
 @cache
 def _layouts() -> tuple[Samples, Samples]:
     """(experts in CPU_REPACK, file layout)."""
-    with _slice() as (model, home):
-        _safe_layout(home)
+    with true_slice(SLICE_LAYERS) as (model, home):
+        safe_layout(home)
         return _compare(lambda: (_qnext(model, home, "experts"), _qnext(model, home, "off")))
 
 
@@ -115,27 +102,10 @@ def _compare(sides: Callable[[], tuple[Side, Side]]) -> tuple[Samples, Samples]:
     return gathered
 
 
-def _wheel_libraries() -> dict[str, str]:
-    """Environment in which llama-bench loads the wheel's libraries; its own, built apart, are 2 % slower."""
-    from importlib.util import find_spec
-
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise CannotMeasure("llama-cpp-python is not installed")
-    return {"LD_LIBRARY_PATH": str(Path(spec.origin).parent / "lib")}
-
-
 def _qnext(model: Path, home: Path, layout: str) -> QnextBench:
     numbers = (_threads(), str(PROMPT), str(GENERATE), str(SAMPLES))
     argv = [sys.executable, "-m", "claims._turns", str(model), layout, *numbers]
     return QnextBench(argv, {"QNEXT_HOME": str(home)})
-
-
-def _output(argv: list[str], home: Path) -> None:
-    import os
-
-    environment = {**os.environ, "QNEXT_HOME": str(home)}
-    subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
 
 
 def _threads() -> str:
@@ -143,39 +113,3 @@ def _threads() -> str:
 
     cpu = detect_machine(ROOT).cpu
     return str(cpu.usable_cores or cpu.usable_logical_cores or 1)
-
-
-def _safe_layout(home: Path) -> str:
-    """The layout that the probe allows here: llama-bench crashes with AMX buffers on some CPUs."""
-    _output([sys.executable, "-m", "qnext", "plan", "demo", "--json"], home)
-    entries = list((home / "cache" / "probes").glob("layout-*.json"))
-    return str(json.loads(entries[0].read_text())["policy"])
-
-
-def _llama_bench() -> Path:
-    done = subprocess.run(
-        [str(ROOT / "scripts" / "peers")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    paths = [Path(line) for line in done.stdout.splitlines() if line.endswith("llama-bench")]
-    if done.returncode or not paths:
-        raise CannotMeasure("needs llama-bench: run scripts/peers")
-    return paths[0]
-
-
-@contextmanager
-def _slice() -> Iterator[tuple[Path, Path]]:
-    """A slice and a private QNEXT_HOME, both gone afterwards."""
-    from qnext.hardware import detect_machine
-
-    machine = detect_machine(Path(tempfile.gettempdir()))
-    for have, what in (
-        (machine.memory.usable_bytes, "free memory"),
-        (machine.disk.free_bytes, "free disk in the temporary folder"),
-    ):
-        if have is not None and have < _NEEDS_BYTES:
-            raise CannotMeasure(f"needs {_NEEDS_BYTES >> 30} GiB of {what}")
-    with tempfile.TemporaryDirectory(prefix="qnext-claims-") as folder:
-        model = Path(folder) / "slice.gguf"
-        shape = ["qwen3-next-80b-a3b", "--quant", "Q4_K_M", "--layers", str(SLICE_LAYERS), "-o", str(model)]
-        _output([sys.executable, "-m", "qnext", "synth", *shape], Path(folder))
-        yield model, Path(folder)

@@ -93,12 +93,15 @@ class Result:
 
 
 def excluded_arms(
-    arms: Sequence[Arm], failed: Mapping[int, Status], ran: set[int]
+    arms: Sequence[Arm], failed: Mapping[int, Status], ran: set[int], *, guess: bool = True
 ) -> dict[int, tuple[str, str]]:
-    """(word, reason) for each arm, by index, that failed or that a failure speaks against."""
+    """(word, reason) for each arm, by index, that failed or that a failure speaks against.
+
+    Without `guess` two dead engines prove nothing yet: every arm whose memory may do is to be tried.
+    """
     out: dict[int, tuple[str, str]] = {i: (status, "it was tried") for i, status in failed.items()}
     full = [arms[i] for i, status in failed.items() if status == "out-of-memory" and arms[i].demands]
-    deadly = _deadly_levels(arms, failed, ran)
+    deadly = _deadly_levels(arms, failed, ran) if guess else set()
     for i, arm in enumerate(arms):
         if i in out or i in ran:
             continue

@@ -58,7 +58,7 @@ FULL_PAIRS = 2
 SHORT_SHARE = 1 / 6
 """Time of a short step over a full one, as long as none was measured."""
 NOISY_TRIES = 2
-SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads")
+SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads", "cover")
 CERTAIN = 1.96
 
 _Script = Generator[tuple[int, Rung], Outcome, None]
@@ -68,7 +68,8 @@ class Race:
     """`while (step := race.next()) is not None: race.observe(step, measure(step))`, then `race.result()`.
 
     `seconds` is the budget, loads included; the last step may exceed it. `cells` limits how many different
-    arms are measured. At most `max_loads` models are loaded, besides those that replace a dead engine.
+    arms are measured. At most `max_loads` models are loaded, besides those that replace a dead engine. With
+    `cover` every arm that may be loaded is measured once, as far as the time to explore goes.
     Raises ValueError unless arms have different names and one of them is a baseline.
     """
 
@@ -81,12 +82,13 @@ class Race:
         seed: int = 0,
         confidence: float = 0.95,
         max_loads: int = MAX_LOADS,
+        cover: bool = False,
     ) -> None:
         if not any(arm.baseline for arm in arms) or len({arm.name for arm in arms}) < len(arms):
             raise ValueError("arms need different names and a baseline among them")
         self.arms = tuple(arms)
         self.seconds, self.cells, self.seed = seconds, cells, seed
-        self.confidence, self.max_loads = confidence, max_loads
+        self.confidence, self.max_loads, self.cover = confidence, max_loads, cover
         self.spent_s, self.loads, self.reloads = 0.0, 0, 0
         self._chance = random.Random(seed)
         self._model = KnobModel([arm.knobs for arm in arms], [arm.predicted_s for arm in arms])
@@ -133,7 +135,7 @@ class Race:
         elif outcome.status != "noisy" or self._too_noisy(index):
             self._failed[index] = outcome.status
         if known != (len(self._ran), len(self._failed)):
-            self._excluded = excluded_arms(self.arms, self._failed, self._ran)
+            self._excluded = excluded_arms(self.arms, self._failed, self._ran, guess=not self.cover)
         try:
             self._wanted = self._script.send(outcome)
         except StopIteration:
@@ -177,11 +179,16 @@ class Race:
     def _run(self) -> _Script:
         home = {arm.group for arm in self.arms if arm.baseline}
         groups = [group for _, group in sorted({(arm.order, arm.group) for arm in self.arms})]
-        groups = self._most_promising(groups, GROUPS_TRIED, home)
+        tried = self.max_loads - DUEL_LOADS if self.cover else GROUPS_TRIED
+        groups = self._most_promising(groups, tried, home)
         explore = EXPLORE_SHARE * self.seconds
         for place, group in enumerate(groups):
-            left = WAY_UP_SHARE * explore - self.spent_s
-            yield from self._visit(group, self.spent_s + left / (len(groups) - place), at_least=1)
+            left = (explore if self.cover else WAY_UP_SHARE * explore) - self.spent_s
+            until = self.spent_s + left / (len(groups) - place)
+            if self.cover:
+                yield from self._each(group, until)
+            else:
+                yield from self._visit(group, until, at_least=1)
         room = self.max_loads - DUEL_LOADS - self.loads + 1
         groups = self._most_promising(groups[::-1], max(1, room), set())
         for place, group in enumerate(groups):
@@ -203,10 +210,25 @@ class Race:
                     yield index, "short"
             blocks += 1
 
+    def _each(self, group: str, until: float) -> _Script:
+        """Every arm of a group once, in an order drawn, until the time is used."""
+        block = [i for i in self._live() if self.arms[i].group == group]
+        self._chance.shuffle(block)
+        block.sort(key=lambda i: not self.arms[i].baseline)
+        for index in block:
+            wanted = self.arms[index].baseline or (self.spent_s < until and self._room(set()) != 0)
+            if wanted and index not in self._excluded:
+                yield index, "short"
+
+    def _room(self, block: set[int]) -> int | None:
+        """How many arms that never ran the limit of cells leaves, `block` taken off; None without a limit."""
+        if self.cells is None:
+            return None
+        return max(0, self.cells - len(self._ran | set(self._failed) | block))
+
     def _block(self, group: str) -> list[int]:
         """The baselines here, the best known, and challengers by their chance to be the fastest; shuffled."""
         live = [i for i in self._live() if self.arms[i].group == group]
-        room = None if self.cells is None else self.cells - len(self._ran | set(self._failed))
         block = [i for i in live if self.arms[i].baseline]
         if not live or (
             self._chance_of(group) < CHANCE_WORTH_A_LOAD and (not block or set(block) <= self._ran)
@@ -216,8 +238,7 @@ class Race:
         picks = [min(live, key=lambda i: belief.mean[i]), *(live[k] for k in worlds[:, live].argmin(axis=1))]
         size = len(block) + 1 + CHALLENGERS
         for pick in picks:
-            new = len(set(block) - self._ran)
-            if pick not in block and len(block) < size and (pick in self._ran or room is None or new < room):
+            if pick not in block and len(block) < size and (pick in self._ran or self._room(set(block)) != 0):
                 block.append(pick)
         self._chance.shuffle(block)
         return block

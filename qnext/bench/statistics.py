@@ -40,25 +40,6 @@ class SampleWarning:
 
 
 @dataclass(frozen=True, slots=True)
-class PairedRatio:
-    """`ratio` is the median of a/b over the pairs; the true one is in low..high with chance `confidence`.
-
-    `confidence` is what the samples give, at least what was asked when there are enough pairs.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    confidence: float
-    pairs: int
-
-    @property
-    def differs(self) -> bool:
-        """Whether one side may be called faster: 1 is outside low..high, and 5 or more pairs say so."""
-        return self.confidence >= 0.9 and not self.low <= 1 <= self.high
-
-
-@dataclass(frozen=True, slots=True)
 class UnpairedRatio:
     """`ratio` is how much larger values of a are than values of b, measured apart from each other.
 
@@ -139,34 +120,6 @@ def sample_warnings(samples_ns: Sequence[int], *, warmed_up: bool = True) -> tup
     elif (spread := relative_spread(samples_ns)) > HIGH_SPREAD:
         found.append(_spread_warning(samples_ns, spread, warmed_up))
     return tuple(found)
-
-
-def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> PairedRatio:
-    """How much larger a is than b over interleaved pairs (a[i] and b[i] were measured one after the other).
-
-    Give times and a ratio over 1 says that b is faster; give speeds and it says that a is. The median and
-    its interval are taken among the logarithms, so that swapping a and b gives exactly the inverse.
-    The interval lies between the k-th smallest and the k-th largest ratio, k as large as the asked confidence
-    allows: each pair falls above or below the true median like a coin, so the interval misses it with
-    probability 2 P(Binomial(n, 1/2) < k), whatever the distribution. With fewer than 6 pairs even the full
-    range does not reach 95 %; then the range is given with the confidence that it has (5 pairs: 93.75 %).
-    Raises ValueError when the lengths differ, are 0, or a value is not positive.
-    """
-    logs = sorted(log(x) - log(y) for x, y in zip(_positive(a), _positive(b), strict=True))
-    count = len(logs)
-    rank, missed = 1, 2 * 0.5**count
-    while 2 * (rank + 1) <= count + 1:
-        wider = missed + 2 * comb(count, rank) * 0.5**count
-        if wider > 1 - confidence:
-            break
-        rank, missed = rank + 1, wider
-    return PairedRatio(
-        ratio=exp(median(logs)),
-        low=exp(logs[rank - 1]),
-        high=exp(logs[count - rank]),
-        confidence=1 - missed,
-        pairs=count,
-    )
 
 
 def unpaired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.99) -> UnpairedRatio:

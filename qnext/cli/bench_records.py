@@ -41,9 +41,10 @@ def compare(
         str | None,
         typer.Option(
             "--against",
-            metavar="last|BUILD|ID",
-            help="Baseline: the last record of the same model and machine, the last one with an engine build "
-            "(start of a llama.cpp commit, or a version), or a record.",
+            metavar="last|tuned|BUILD|ID",
+            help="Baseline: the last record of the same model and machine, what a sweep found for it (or a "
+            "tuned profile by name), the last one with an engine build (start of a llama.cpp commit, or a "
+            "version), or a record.",
         ),
     ] = None,
     knobs: Annotated[
@@ -70,10 +71,12 @@ def compare(
     from qnext.config import find_paths
     from qnext.errors import UsageError
     from qnext.pipeline.comparing_records import compare_records, find_baseline
+    from qnext.pipeline.tuned import tuned_records
     from qnext.report.compare_view import compare_to_dict, compare_view
     from qnext.store.results import ResultStore
 
-    store, ids = ResultStore(find_paths().results_db), records or []
+    paths = find_paths()
+    store, ids = ResultStore(paths.results_db), records or []
     if len(ids) != 2 and (against is None or len(ids) > 1):
         raise UsageError(
             "two records are needed, or one and --against",
@@ -92,7 +95,7 @@ def compare(
         if not ids and not newest:
             raise UsageError("nothing was measured yet", hint="qnext bench run demo")
         candidate = store.get(ids[0]) if ids else newest[0]
-        baseline = find_baseline(store, candidate, against)
+        baseline = find_baseline(store, candidate, against, tuned_records(paths))
     kin = {record.id: record for side in (baseline, candidate) for record in store.kin(side)}
     others = [record for name, record in kin.items() if name not in (baseline.id, candidate.id)]
     found = compare_records(baseline, candidate, others, knobs or [])

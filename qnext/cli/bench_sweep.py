@@ -121,12 +121,17 @@ def sweep(
     n_cpu_moe: Annotated[
         str | None, _knob("-ncmoe", "--n-cpu-moe", help="Layers whose experts are in RAM.")
     ] = None,
+    affinity: Annotated[
+        str | None,
+        _knob("--affinity", metavar="free,cores", help="Threads run anywhere, or each on a core of its own."),
+    ] = None,
 ) -> int:
     """Find the fastest settings this machine can run, and save them for qnext run.
 
     Starts from the plan and from llama.cpp's own fit, and ends with what is faster than both by a test, or
     with one of them. Everything measured is kept; Ctrl-C, then --resume. A knob given one value keeps it;
-    with several values of any, the knobs that are not named stay as planned.
+    with several values of any, the knobs that are not named stay as planned, and all combinations are
+    measured as far as the time goes.
 
     Example: qnext bench sweep demo --budget 30s
 
@@ -155,6 +160,7 @@ def sweep(
             "load_mode": load_mode,
             "repack": repack,
             "cpu_experts": n_cpu_moe,
+            "affinity": affinity,
         }
         grid = _grid(named)
         turn = _workload(workload, prompt, generate, depth)
@@ -339,6 +345,7 @@ _CHOICES = {
     "flash_attention": ("on", "off", "auto"),
     "load_mode": ("none", "mmap", "mlock", "mmap+mlock", "dio"),
     "repack": ("full", "experts", "off"),
+    "affinity": ("free", "cores"),
 }
 _FLAGS = {
     "threads": "-t",
@@ -351,6 +358,7 @@ _FLAGS = {
     "load_mode": "-lm",
     "repack": "--repack",
     "cpu_experts": "-ncmoe",
+    "affinity": "--affinity",
 }
 _FIELDS = {"kv_type_k": "cache_type_k", "kv_type_v": "cache_type_v", "cpu_experts": "n_cpu_moe"}
 """Fields of Grid under another name in PlanFlags."""
@@ -385,6 +393,6 @@ def _pinned(flags: PlanFlags, grid: Grid) -> PlanFlags:
     single = {
         _FIELDS.get(entry.name, entry.name): getattr(grid, entry.name)[0]
         for entry in fields(grid)
-        if len(getattr(grid, entry.name) or ()) == 1
+        if entry.name != "affinity" and len(getattr(grid, entry.name) or ()) == 1
     }
     return replace(flags, **single)

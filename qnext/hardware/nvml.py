@@ -80,7 +80,8 @@ def _parse_report(text: str, problem: str) -> NvmlReport:
 def _readings(nvml: Any) -> dict[str, Callable[[Any], Any]]:
     """Readings by name, the important ones first, the listing of processes, which may take longest, last.
 
-    Clocks are MHz, at their maximum unless the name says `now`; widths bits or lanes, power mW, modes 0 or 1.
+    Clocks are MHz, at their maximum unless the name says `now`; widths bits or lanes, power mW, modes 0 or 1,
+    temperatures degrees Celsius.
     """
     return {
         "name": nvml.nvmlDeviceGetName,
@@ -107,6 +108,8 @@ def _readings(nvml: Any) -> dict[str, Callable[[Any], Any]]:
         "throttle_bits": _either(
             nvml, "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
         ),
+        "power_now": lambda gpu: nvml.nvmlDeviceGetPowerUsage(gpu),
+        "temperature": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         "ecc": lambda gpu: nvml.nvmlDeviceGetCurrentEccMode(gpu),
         "mig": lambda gpu: nvml.nvmlDeviceGetMigMode(gpu)[0],
         # The second form of this reading leaves out what the driver holds for itself.

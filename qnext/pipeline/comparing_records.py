@@ -9,7 +9,7 @@ beyond what equal runs differ by: 3 %, or what the records of this machine show,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from math import ceil, exp, log
@@ -131,11 +131,15 @@ def compare_records(
     )
 
 
-def find_baseline(store: ResultStore, record: Record, against: str) -> Record:
-    """What `--against` names: `last`, a build by commit, version or digest, or a record by its id.
+def find_baseline(
+    store: ResultStore, record: Record, against: str, tuned: Mapping[str, str] | None = None
+) -> Record:
+    """What `--against` names: `last`, `tuned`, a tuned profile, a build (commit, version, digest), a record.
 
     `last` gives the newest benchmark of the same model and machine before `record` that shares a test with
-    it, a build the newest of all, one of the same placement first. Raises UsageError when there is none.
+    it, a build the newest of all, one of the same placement first. `tuned` are the winners' records by the
+    names of profiles, the newest first: a profile gives the newest earlier benchmark of its placement, or
+    that record. Raises UsageError when there is none.
     """
     tests = _by_name(record).keys()
     kin = [other for other in store.kin(record) if other.kind != "run" and tests & _by_name(other).keys()]
@@ -147,6 +151,8 @@ def find_baseline(store: ResultStore, record: Record, against: str) -> Record:
                 hint="See what there is: qnext bench history",
             )
         return older[0]
+    if against == "tuned" or against in (tuned or {}):
+        return _tuned_baseline(store, record, kin, against, tuned or {})
     built = [other for other in kin if _is_build(other, against)]
     if built:
         alike = (other for other in built if other.identity.placement == record.identity.placement)
@@ -158,8 +164,27 @@ def find_baseline(store: ResultStore, record: Record, against: str) -> Record:
             raise
         raise UsageError(
             f"'{against}' is neither a record nor a build that this model was measured with here",
-            hint="Give --against last, an id from `qnext bench history`, or the start of a llama.cpp commit.",
+            hint="Give --against last, tuned, an id from `qnext bench history`, or the start of a llama.cpp "
+            "commit.",
         ) from error
+
+
+def _tuned_baseline(
+    store: ResultStore, record: Record, kin: Sequence[Record], against: str, tuned: Mapping[str, str]
+) -> Record:
+    own = {one.id: one for one in store.kin(record)}
+    found = [tuned[against]] if against in tuned else [one for one in tuned.values() if one in own]
+    if not found:
+        raise UsageError(
+            "no sweep has tuned this model on this machine", hint="Tune it first: qnext bench sweep MODEL"
+        )
+    winner = store.get(found[0])
+    alike = (
+        other
+        for other in kin
+        if other.identity.placement == winner.identity.placement and other.when <= record.when
+    )
+    return next(alike, winner)
 
 
 def _is_build(record: Record, text: str) -> bool:

@@ -40,6 +40,9 @@ MOST_REFUSED = 30
 OFFLOAD_THRESHOLDS = (8, 128, 512)
 """Tokens from which a prompt is multiplied on the GPU, beside llama.cpp's own 32."""
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
+BOUND_THREADS = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+"""Each thread on a core of its own, neighbours first. The wheel's engine computes in OpenMP's threads, which
+also wait in OpenMP's way: llama.cpp's --poll has nothing to say there, so it is no knob."""
 FEWER_EXPERTS = (1, 2, 4)
 """Expert layers to leave off the devices, of what fits."""
 FIT_SPARE = 0.05
@@ -133,6 +136,8 @@ class _Maker:
         refused: list[Cell] = []
         taken = {cell.name for cell in baselines}
         for base in self._bases():
+            if self._grid.affinity == ("cores",):
+                base = _with_bound_threads(base)
             for placement in self._levels.contexts(base.placement):
                 cell = self._cell(base, placement)
                 identity = _identity(placement, base.environment)
@@ -208,6 +213,16 @@ class _Maker:
                 yield _Base(
                     plan, {**self._base_knobs, "offload": threshold}, {OFFLOAD_VARIABLE: str(threshold)}
                 )
+        yield from self._bound(first)
+
+    def _bound(self, base: _Base) -> Iterator[_Base]:
+        """`base` with its threads bound to cores, where cores are not all alike or the user asks."""
+        machine = self._planned.surroundings.machine
+        uneven = machine.cpu.performance_cores and machine.cpu.efficiency_cores
+        apart = len(machine.memory.numa_nodes or ()) > 1
+        usual = ("cores",) if (uneven or apart) and not self._all_on_devices else ()
+        if "cores" in self._levels.levels("affinity", usual, "free"):
+            yield _with_bound_threads(base)
 
     def _laid_out(self, plan: Placement, layout: str) -> Iterator[_Base]:
         """The plan with the host's weights in another layout."""
@@ -314,6 +329,7 @@ class _Maker:
             "cpu experts": experts,
             "gpu layers": placement.n_gpu_layers,
             "offload": 32,
+            "affinity": "free",
         }
 
     def _layout_of(self, placement: Placement) -> str:
@@ -351,6 +367,14 @@ class _Maker:
             chosen += [queue[place] for queue in queues if place < len(queue)][: room - len(chosen)]
             place += 1
         return chosen
+
+
+def _with_bound_threads(base: _Base) -> _Base:
+    return replace(
+        base,
+        knobs={**base.knobs, "affinity": "cores"},
+        environment={**base.environment, **BOUND_THREADS},
+    )
 
 
 def _policy(layout: str) -> RepackPolicy:

@@ -141,7 +141,7 @@ class SweepEngine:
             limit_s=limit_s,
             depth_limit_s=self._depth_limit_s,
         )
-        if facts and any(name.startswith("CUDA") for name in cell.placement.devices):
+        if any(name.startswith("CUDA") for name in cell.placement.devices):
             facts["gpus"] = _gpu_figures()
         return self._read(told, size, limit_s, facts)
 
@@ -253,9 +253,18 @@ class SweepEngine:
 
 
 def _gpu_figures() -> list[dict[str, Any]]:
-    """Memory in use, clocks and what holds them back, of each NVIDIA GPU right after a measurement."""
+    """Memory in use, clocks, power and heat of each NVIDIA GPU right after a measurement."""
     return [{name: gpu[name] for name in _GPU if name in gpu} for gpu in read_nvml().values]
 
 
-_GPU = ("name", "vram_used", "core_clock_now", "memory_clock_now", "throttle_bits", "power_limit")
+_GPU = (
+    "name",
+    "vram_used",
+    "core_clock_now",
+    "memory_clock_now",
+    "throttle_bits",
+    "power_limit",
+    "power_now",
+    "temperature",
+)
 _ACTIVE = ("context", "batch", "ubatch", "threads", "threads_batch", "flash_attention")

@@ -116,6 +116,7 @@ def prepare_sweep(
         full=full,
         cooldown_s=cooldown_s,
         seed=seed,
+        cover=bool(grid and grid.closed),
     )
     return Prepared(planned, settings, _affordable(cells, groups))
 

@@ -61,7 +61,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Levels that the user named for a knob; None leaves them to qnext. `cpu_experts` is `--n-cpu-moe`."""
+    """Levels that the user named for a knob; None leaves them to qnext. `cpu_experts` is `--n-cpu-moe`.
+
+    `affinity` says where threads may run: `free`, or each on a core of its own (`cores`).
+    """
 
     threads: tuple[int, ...] | None = None
     threads_batch: tuple[int, ...] | None = None
@@ -73,6 +76,7 @@ class Grid:
     load_mode: tuple[str, ...] | None = None
     repack: tuple[str, ...] | None = None
     cpu_experts: tuple[int, ...] | None = None
+    affinity: tuple[str, ...] | None = None
 
     @property
     def closed(self) -> bool:
@@ -94,7 +98,7 @@ class SweepSettings:
     """All that decides how a sweep goes, beside its cells. Times in seconds.
 
     `short` and `full` are the sizes of the two rungs; a cell with a larger ubatch than `short.prompt` takes
-    a prompt of one ubatch. `max_loads` as the race has it.
+    a prompt of one ubatch. `max_loads` and `cover` as the race has them.
     """
 
     request: Request
@@ -107,6 +111,7 @@ class SweepSettings:
     cooldown_s: float = 0.0
     seed: int = 0
     confidence: float = 0.95
+    cover: bool = False
 
     @property
     def workload(self) -> Workload:

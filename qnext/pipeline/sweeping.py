@@ -174,6 +174,7 @@ class _Driver:
                 "seed": settings.seed,
                 "confidence": settings.confidence,
                 "max_loads": settings.max_loads,
+                "cover": settings.cover,
                 "outcomes": [
                     {
                         "arm": prepared.cells[one.cell].name,

@@ -38,6 +38,7 @@ from qnext.plan.choice import Cache, named_cache
 from qnext.plan.plan import make_plan
 from qnext.plan.values import Placement
 from qnext.store.identity import model_digest
+from qnext.store.sweeps import SweepStore
 
 SCHEMA = "qnext.tuned/1"
 _FOLDER = "tuned"
@@ -106,6 +107,21 @@ def load_profiles(paths: Paths) -> list[TunedProfile]:
     folder = paths.config_dir / _FOLDER
     found = [_read(path) for path in sorted(folder.glob("*.yaml"))]
     return sorted(found, key=lambda profile: profile.when, reverse=True)
+
+
+def tuned_records(paths: Paths) -> dict[str, str]:
+    """Ids of the winners' records by the names of the tuned profiles, the newest first."""
+    store, found = SweepStore(paths.results_db), {}
+    for profile in load_profiles(paths):
+        try:
+            sweep = store.get(profile.sweep)
+        except UsageError:  # the results were moved away, the profile was not
+            continue
+        winner = (sweep.result or {}).get("winner")
+        record = next((cell.record_id for cell in sweep.cells if cell.name == winner), None)
+        if record is not None:
+            found[profile.name] = record
+    return found
 
 
 def what_changed(profile: TunedProfile, machine: Machine, build: EngineBuild) -> list[str]:

@@ -271,6 +271,11 @@ def test_against_finds_the_last_record_a_build_or_an_id(tmp_path: Path) -> None:
     assert find_baseline(store, newest, "0.4.0").id == "cc02"
     assert find_baseline(store, newest, "0c1e570").id == "cc08"
     assert find_baseline(store, newest, "cc06").id == "cc06"
+    tuned = {"other-model": "cc06", "this-model": "cc02", "placed": "cc03"}
+    assert find_baseline(store, newest, "tuned", tuned).id == "cc02", "of this model, not the newest of all"
+    assert find_baseline(store, newest, "placed", tuned).id == "cc03"
+    with pytest.raises(UsageError, match="no sweep has tuned"):
+        find_baseline(store, newest, "tuned")
     for text, told in (("cc0", "several"), ("nothing", "neither")):
         with pytest.raises(UsageError, match=told):
             find_baseline(store, newest, text)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from qnext.bench.statistics import (
     _mann_whitney,
     _unpaired_rank,
-    paired_ratio,
     relative_spread,
     sample_warnings,
     summarise,
@@ -110,59 +109,6 @@ def test_the_chance_of_a_trend_agrees_with_shuffles(count: int) -> None:
     chance = random.Random(count)
     found = [trend_chance(chance.sample(range(1, count + 1), count)) < 0.05 for _ in range(200)]
     assert sum(found) <= 24
-
-
-RATES = st.floats(0.001, 1e6)
-PAIRS = st.lists(st.tuples(RATES, RATES), min_size=1, max_size=30)
-
-
-@given(PAIRS)
-def test_swapping_the_sides_inverts_the_ratio_and_its_interval(pairs: list[tuple[float, float]]) -> None:
-    a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    there, back = paired_ratio(a, b), paired_ratio(b, a)
-    assert there.low <= there.ratio <= there.high
-    assert back.ratio == pytest.approx(1 / there.ratio)
-    assert (back.low, back.high) == (pytest.approx(1 / there.high), pytest.approx(1 / there.low))
-
-
-@given(PAIRS, st.floats(0.01, 100))
-def test_scaling_one_side_scales_the_ratio(pairs: list[tuple[float, float]], factor: float) -> None:
-    a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    assert paired_ratio([factor * x for x in a], b).ratio == pytest.approx(factor * paired_ratio(a, b).ratio)
-
-
-@given(st.integers(6, 60))
-def test_from_six_pairs_on_the_interval_has_the_asked_confidence(count: int) -> None:
-    values = [float(value) for value in range(1, count + 1)]
-    assert paired_ratio(values, [1.0] * count).confidence >= 0.95
-
-
-def test_too_few_pairs_say_how_sure_they_are_and_call_nothing_faster() -> None:
-    five, two = paired_ratio([2.0] * 5, [1.0] * 5), paired_ratio([2.0] * 2, [1.0] * 2)
-    assert five.confidence == 0.9375 and five.differs
-    assert two.confidence == 0.5 and not two.differs
-
-
-def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
-    """Log-normal noise around a true ratio of 1.1, 10 pairs, 2000 experiments."""
-    chance = random.Random(7)
-    held = 0
-    for _ in range(2000):
-        b = [chance.lognormvariate(0, 0.3) for _ in range(10)]
-        found = paired_ratio([1.1 * x * chance.lognormvariate(0, 0.1) for x in b], b)
-        held += found.low <= 1.1 <= found.high
-    assert held / 2000 == pytest.approx(found.confidence, abs=0.012)
-
-
-def test_drift_that_strikes_both_sides_cancels_in_pairs() -> None:
-    heat = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
-    result = paired_ratio([2 * x for x in heat], heat)
-    assert (result.low, result.high) == (pytest.approx(2), pytest.approx(2))
-
-
-def test_pairs_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        paired_ratio([1.0, 2.0], [1.0])
 
 
 def test_the_unpaired_interval_misses_as_rarely_as_the_table_of_mann_and_whitney_says() -> None:

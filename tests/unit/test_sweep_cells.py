@@ -13,7 +13,7 @@ from qnext.config import find_paths
 from qnext.errors import UsageError
 from qnext.pipeline.planning import PlannedModel, plan_model
 from qnext.pipeline.request import Request
-from qnext.pipeline.sweep_cells import MOST_CELLS, OFFLOAD_VARIABLE, loads_of, make_cells
+from qnext.pipeline.sweep_cells import BOUND_THREADS, MOST_CELLS, OFFLOAD_VARIABLE, loads_of, make_cells
 from qnext.pipeline.sweep_values import (
     Cell,
     Grid,
@@ -105,6 +105,22 @@ def test_the_offload_threshold_is_tried_in_children_of_its_own_and_only_with_a_g
         {cell.group for cell in made if not cell.environment}
     )
     assert not any(cell.environment for cell in cells())
+
+
+def test_threads_are_bound_to_cores_where_cores_differ_or_the_user_asks() -> None:
+    assert not any(cell.environment for cell in cells()), "two cores alike: nothing to win"
+    plan, _ = planned("ci-2core")
+    cpu = replace(plan.surroundings.machine.cpu, performance_cores=6, efficiency_cores=8)
+    machine = replace(plan.surroundings.machine, cpu=cpu)
+    hybrid = replace(plan, surroundings=replace(plan.surroundings, machine=machine))
+    request = planned("ci-2core")[1]
+    made = live(make_cells(hybrid, request, objective="turn", grid=Grid(), fit=None, crashes={}))
+    bound = [cell for cell in made if cell.environment]
+    assert bound and all(cell.environment == BOUND_THREADS for cell in bound)
+    assert {cell.knobs["affinity"] for cell in bound} == {"cores"}
+    assert {cell.group for cell in bound}.isdisjoint({cell.group for cell in made if not cell.environment})
+    asked = live(cells(grid=Grid(affinity=("cores",))))
+    assert {bool(cell.environment) for cell in asked if not cell.roles} == {True}
 
 
 def test_a_layout_known_to_crash_is_refused_with_what_happened_and_never_a_baseline() -> None:

@@ -1,0 +1,173 @@
+"""A sweep against the exhaustive grid of the same cells, against llama.cpp's fit and its defaults.
+
+On a true-shape slice of Qwen3-Next-80B-A3B, on the CPU alone and with a second device (an RPC worker on
+loopback with 2 GiB). The grid measures every cell as llama-bench would: a warm-up, then REPEATS turns, one
+cell after the other, each way to place the weights loaded once. The sweep then gets a fifth of the grid's
+time. What the grid calls best is the luckiest of many, so its BEST_CELLS best, the sweep's winner and the
+baselines then run against each other on fresh turns: in rounds, there and back through the placements, the
+order drawn anew each time.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from claims import Figure, claim
+from claims._cells import measure_grid, measure_rounds, say
+from claims._slice import peer, true_slice
+from qnext.bench.verdict import Verdict, compare_paired
+from qnext.config import Paths
+from qnext.pipeline.request import Request
+from qnext.pipeline.sweep_setup import prepare_sweep
+from qnext.pipeline.sweep_values import Grid
+from qnext.pipeline.sweeping import Progress, SweepWatch, run_sweep, start_sweep
+from qnext.plan.values import Workload
+
+LAYERS = 8
+DEVICE_BYTES = 2 << 30
+WORKLOAD = Workload(prompt=128, generate=16, depth=0)
+REPEATS, SHARE = 3, 0.2
+BEST_CELLS, ROUNDS, TURNS = 3, 5, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """`against[name]` compares the sweep's winner with that cell: under 1 the winner takes less time.
+
+    `best` are the grid's best; `roles` says which baselines a cell is.
+    """
+
+    winner: str
+    grid_s: float
+    sweep_s: float
+    cells: int
+    loads: int
+    best: tuple[str, ...]
+    roles: dict[str, str]
+    against: dict[str, Verdict]
+
+
+@claim(
+    "sweep-grid-cpu",
+    "turn of the sweep's winner beside the exhaustive grid's best, 8-layer slice, CPU alone",
+    bar="0.98 of the best, in a fifth of the grid's time",
+    minutes=40,
+)
+def measure_cpu() -> Figure:
+    return _of_best(_contest(rpc=False))
+
+
+@claim("sweep-baselines-cpu", "the same beside llama.cpp's fit and defaults", bar="never slower", minutes=40)
+def measure_cpu_baselines() -> Figure:
+    return _of_baselines(_contest(rpc=False))
+
+
+@claim(
+    "sweep-grid-rpc",
+    "turn of the sweep's winner beside the exhaustive grid's best, CPU and loopback device of 2 GiB",
+    bar="0.98 of the best, in a fifth of the grid's time",
+    minutes=50,
+)
+def measure_rpc() -> Figure:
+    return _of_best(_contest(rpc=True))
+
+
+@claim("sweep-baselines-rpc", "the same beside llama.cpp's fit and defaults", bar="never slower", minutes=50)
+def measure_rpc_baselines() -> Figure:
+    return _of_baselines(_contest(rpc=True))
+
+
+@claim("sweep-loads", "loads of the model in both sweeps", bar="10 at most", minutes=90)
+def measure_loads() -> Figure:
+    loads = [_contest(rpc=rpc).loads for rpc in (False, True)]
+    return Figure(max(loads), "loads", max(loads) <= 10, f"CPU alone {loads[0]}, with the device {loads[1]}")
+
+
+def _of_best(contest: Contest) -> Figure:
+    rivals = {name: contest.against[name] for name in contest.best if name != contest.winner}
+    closest = max(rivals.values(), key=lambda verdict: verdict.ratio, default=None)
+    of_best = min(1.0, 1 / closest.ratio) if closest else 1.0
+    spent = contest.sweep_s / contest.grid_s
+    detail = (
+        f"winner '{contest.winner}', {_said(rivals)}; {contest.cells} cells, grid {contest.grid_s:.0f} s,"
+        f" sweep {contest.sweep_s:.0f} s ({spent:.3f} of it), {contest.loads} loads"
+    )
+    return Figure(of_best, "x", of_best >= 0.98 and spent <= SHARE * 1.02, detail)
+
+
+def _of_baselines(contest: Contest) -> Figure:
+    found = {
+        f"{role} ({name})": contest.against[name]
+        for name, role in contest.roles.items()
+        if name in contest.against
+    }
+    if not found:
+        return Figure(1.0, "x", True, f"the winner is a baseline itself: '{contest.winner}'")
+    slower = [name for name, verdict in found.items() if verdict.word == "slower"]
+    least = max(verdict.ratio for verdict in found.values())
+    return Figure(least, "x time", not slower, f"winner '{contest.winner}', {_said(found)}")
+
+
+def _said(verdicts: dict[str, Verdict]) -> str:
+    return ", ".join(
+        f"{one.ratio:.3f} x the time of '{name}' ({one.low:.3f}-{one.high:.3f}, {one.word})"
+        for name, one in verdicts.items()
+    )
+
+
+@cache
+def _contest(*, rpc: bool) -> Contest:
+    with true_slice(LAYERS) as (model, home), _second_device(rpc) as extra:
+        paths = Paths(home / "config", home / "data", home / "cache")
+        request = Request(model=str(model), context=1024, workload=WORKLOAD, **extra)  # type: ignore[arg-type]
+        prepared = prepare_sweep(request, paths, say, grid=Grid(), seconds=3600.0)
+        times, grid_s = measure_grid(prepared, REPEATS)
+        middle = {name: statistics.median(all_of_it) for name, all_of_it in times.items()}
+        best = sorted(middle, key=lambda name: middle[name])[:BEST_CELLS]
+        say(f"grid: {len(middle)} cells in {grid_s:.0f} s; { ({name: middle[name] / 1e9 for name in best}) }")
+        began = time.monotonic()
+        seconds = SHARE * grid_s - 2.0  # what preparing takes is the sweep's, too
+        steps: list[Progress] = []
+        short = prepare_sweep(request, paths, say, grid=Grid(), seconds=seconds)
+        run = run_sweep(start_sweep(short, paths), short, paths, SweepWatch(on_measured=steps.append))
+        sweep_s = time.monotonic() - began
+        assert run.result.winner is not None
+        cells = {cell.name: cell for cell in prepared.live}
+        roles = {cell.name: " and ".join(cell.roles) for cell in prepared.live if cell.roles}
+        names = dict.fromkeys((run.result.winner, *best, *roles))
+        say(f"sweep: {run.result.winner} in {sweep_s:.0f} s, {run.result.verdict}")
+        paired = measure_rounds(prepared, [cells[name] for name in names], rounds=ROUNDS, turns=TURNS)
+        winner = cells[run.result.winner]
+        return Contest(
+            winner=winner.name,
+            grid_s=grid_s,
+            sweep_s=sweep_s,
+            cells=len(times),
+            loads=steps[-1].race.loads + steps[-1].race.reloads,
+            best=tuple(best),
+            roles=roles,
+            against={
+                name: compare_paired(paired[winner.name], paired[name])
+                for name in names
+                if name != winner.name
+            },
+        )
+
+
+@contextmanager
+def _second_device(wanted: bool) -> Iterator[dict[str, object]]:
+    """What a request says of the second device, which is there meanwhile."""
+    if not wanted:
+        yield {}
+        return
+    from qnext.engine.rpc import RpcWorker
+
+    os.environ["PATH"] += os.pathsep + str(peer("llama-fit-params").parent)  # the baseline
+    with RpcWorker(threads=1) as worker:
+        yield {"rpc_servers": (worker.endpoint,), "device_memory": {"RPC0": DEVICE_BYTES}}
