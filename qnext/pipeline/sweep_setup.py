@@ -105,7 +105,10 @@ def prepare_sweep(
         generate=max(min(workload.generate, 2 * short.generate), round(share * workload.generate)),
         depth=depth,
     )
-    groups = min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
+    cover = bool(grid and grid.closed)
+    groups = (
+        MAX_LOADS if cover else min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
+    )
     settings = SweepSettings(
         request=request,
         objective=objective,
@@ -116,7 +119,7 @@ def prepare_sweep(
         full=full,
         cooldown_s=cooldown_s,
         seed=seed,
-        cover=bool(grid and grid.closed),
+        cover=cover,
     )
     return Prepared(planned, settings, _affordable(cells, groups))
 

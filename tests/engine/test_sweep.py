@@ -255,6 +255,23 @@ def test_a_killed_sweep_is_resumed_without_losing_or_repeating_a_finished_cell(
     assert finished_again.returncode == 2 and "is finished" in finished_again.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell where threads run")
+def test_bound_threads_stay_on_one_core(paths: Paths) -> None:
+    sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(affinity=("free", "cores")), seconds=1.0)
+    bound = next(cell for cell in sweep.live if cell.environment)
+    assert bound.name == "affinity cores"
+    places: dict[str, set[int]] = {}
+
+    def look(step: Any, cell: Cell) -> None:
+        if children() and not step.load:
+            places[cell.name] = os.sched_getaffinity(children()[0].pid)
+
+    run = raced(sweep, paths, SweepWatch(on_step=look))
+    assert len(places["affinity cores"]) == 1
+    assert places["plan"] == os.sched_getaffinity(0)
+    assert {one.status for one in run.sweep.measurements} <= {"ok", "noisy"}
+
+
 def test_a_dry_run_measures_nothing(qnext: Qnext, home: Path) -> None:
     environment = {"QNEXT_HOME": str(home)}
     done = qnext("bench", "sweep", "demo", *SMALL, "--dry-run", env=environment)

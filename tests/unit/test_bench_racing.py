@@ -165,6 +165,27 @@ def test_one_death_stops_one_arm() -> None:
     assert set(excluded_arms(small_arms(), {3: "crashed"}, ran=set())) == {3}
 
 
+def test_a_grid_that_was_asked_for_is_measured_whole_whatever_dies_in_it() -> None:
+    """Two engines dead with the same two levels stop a third such arm, but not in a grid."""
+    dead = {"t4 ub512 ncmoe20": "crashed", "t8 ub512 ncmoe20": "hung"}
+    race = Race(small_arms(), seconds=600, seed=1, cover=True)
+    steps = finish(race, random.Random(1), dead)
+    assert {step.arm for step in steps} == {arm.name for arm in small_arms()}
+    assert race.result().winner == "t8 ub512 ncmoe10"
+    assert race.loads <= race.max_loads
+    words = {one.arm: one.word for one in race.result().standings}
+    assert {words[name] for name in dead} == {"crashed", "hung"}
+    assert {word for name, word in words.items() if name not in dead} <= {"winner", "contender", "slower"}
+
+
+def test_a_grid_too_large_for_its_time_keeps_the_time() -> None:
+    race = Race(small_arms(), seconds=30, seed=1, cover=True)
+    steps = finish(race, random.Random(1))
+    assert len({step.arm for step in steps}) < len(small_arms())
+    assert race.spent_s < 80, "exploring kept its share; a duel of the fewest pairs came after"
+    assert any(one.word in ("not-reached", "cannot-win") for one in race.result().standings)
+
+
 def test_a_race_goes_on_when_cells_crash_hang_and_run_out_of_memory() -> None:
     """Ten bad cells of 150, drawn: the rest is raced, and each bad one that was met is explained."""
 
