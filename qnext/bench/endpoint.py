@@ -155,6 +155,13 @@ def per_token_ns(one: Exchange) -> float | None:
     return time_ns / (tokens - 1) if tokens > 1 and time_ns > 0 else None
 
 
+def tokens_per_chunk(exchanges: Sequence[Exchange]) -> float | None:
+    """Of all answers whose tokens were counted; None without one."""
+    counted = [(one.output_tokens, len(one.arrivals_ns)) for one in exchanges if one.output_tokens]
+    chunks = sum(chunks for _, chunks in counted)
+    return sum(tokens for tokens, _ in counted) / chunks if chunks else None
+
+
 def steady_end_ns(exchanges: Sequence[Exchange]) -> int:
     """When the first client had done all of its requests. Raises ValueError without exchanges."""
     last: dict[int, int] = {}
@@ -187,21 +194,19 @@ def make_level(concurrency: int, started_ns: int, exchanges: Sequence[Exchange],
     read, written = tokens_until(exchanges, started_ns + steady_ns)
     prefills = [tps for one in good if (tps := prefill_tps(one, round_trip_ns)) is not None]
     per_token = [time for one in good if (time := per_token_ns(one)) is not None]
-    outputs = [one.output_tokens for one in good if one.output_tokens]
-    chunks = sum(len(one.arrivals_ns) for one in good if one.output_tokens)
     return Level(
         concurrency=concurrency,
         status=_level_status(good, len(exchanges)),
         started_ns=started_ns,
         exchanges=tuple(exchanges),
         prompt_tokens=spread([one.prompt_tokens for one in good if one.prompt_tokens]),
-        output_tokens=spread(outputs),
+        output_tokens=spread([one.output_tokens for one in good if one.output_tokens]),
         ttft_ns=spread([first_token_ns(one) for one in good]),
         gap_ns=spread([gap for one in good for gap in gaps_ns(one)]),
         per_token_ns=spread(per_token),
         prefill_tps=spread(prefills),
         decode_tps=spread([1e9 / time for time in per_token]),
-        tokens_per_chunk=sum(outputs) / chunks if chunks else None,
+        tokens_per_chunk=tokens_per_chunk(good),
         steady_ns=steady_ns,
         input_tps=read * 1e9 / steady_ns if read and steady_ns > 0 else None,
         output_tps=written * 1e9 / steady_ns if written and steady_ns > 0 else None,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from qnext.bench.endpoint import CountSource, Exchange, Level, LevelStatus
+from qnext.bench.endpoint import CountSource, Exchange, Level, LevelStatus, spread, tokens_per_chunk
 
 SCHEMA = "qnext.endpoint/1"
 
@@ -80,24 +80,34 @@ def display_name(model: str | None) -> str | None:
 
 def result_warnings(result: EndpointResult) -> tuple[str, ...]:
     """What a reader has to know to believe the figures, in whole sentences."""
-    found = []
-    if result.prompt_source != "usage":
-        found.append(
-            f"Prompt tokens are counted {_SOURCES[result.prompt_source]}, not by the server's usage."
-        )
-    if result.output_source != "usage":
-        found.append(
-            f"Output tokens are counted {_SOURCES[result.output_source]}, not by the server's usage."
-        )
+    by_level = [
+        (level.concurrency, exchange_warnings(level.exchanges, result.prompt, result.generate))
+        for level in result.levels
+    ]
+    return (
+        *source_warnings(result.prompt_source, result.output_source),
+        *level_warnings(by_level, result.concurrency),
+    )
+
+
+def source_warnings(prompt: CountSource, output: CountSource) -> list[str]:
+    """Who counted the tokens, where it was not the server's usage."""
+    return [
+        f"{name} tokens are counted {_SOURCES[source]}, not by the server's usage."
+        for name, source in (("Prompt", prompt), ("Output", output))
+        if source != "usage"
+    ]
+
+
+def level_warnings(by_level: Sequence[tuple[int, Sequence[str]]], asked: Sequence[int]) -> list[str]:
+    """What is said of levels, (clients, sentences) each, once per sentence; and which were not reached."""
     said: dict[str, list[int]] = {}
-    for level in result.levels:
-        for text in _level_warnings(level, result):
-            said.setdefault(text, []).append(level.concurrency)
-    found += [f"{_clients(counts)}: {text}" for text, counts in said.items()]
-    missing = result.concurrency[len(result.levels) :]
-    if missing:
-        found.append(f"Not measured after that: {_clients(missing)}.")
-    return tuple(found)
+    for clients, texts in by_level:
+        for text in texts:
+            said.setdefault(text, []).append(clients)
+    found = [f"{_clients(counts)}: {text}" for text, counts in said.items()]
+    missing = asked[len(by_level) :]
+    return [*found, f"Not measured after that: {_clients(missing)}."] if missing else found
 
 
 def _clients(counts: Sequence[int]) -> str:
@@ -107,17 +117,18 @@ def _clients(counts: Sequence[int]) -> str:
 _SOURCES = {"usage": "by usage", "tokenize": "by the server's /tokenize", "estimate": "by our estimate"}
 
 
-def _level_warnings(level: Level, result: EndpointResult) -> list[str]:
+def exchange_warnings(exchanges: Sequence[Exchange], prompt: int, generate: int) -> list[str]:
+    """What is odd about requests of so many tokens to one server: failures, waits, caches, lengths, chunks."""
     found = []
-    good = level.succeeded
-    if level.failed:
-        kinds = Counter(one.status for one in level.failed)
+    good = [one for one in exchanges if one.status == "ok"]
+    failed = [one for one in exchanges if one.status != "ok"]
+    if failed:
+        kinds = Counter(one.status for one in failed)
         words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        first = level.failed[0].error
         found.append(
-            f"{len(level.failed)} of {len(level.exchanges)} requests failed ({words}); the first: {first}."
+            f"{len(failed)} of {len(exchanges)} requests failed ({words}); the first: {failed[0].error}."
         )
-    waits = sum(one.rate_limited for one in level.exchanges)
+    waits = sum(one.rate_limited for one in exchanges)
     if waits:
         found.append(f"the server asked to wait (429) {waits} times, so it had fewer clients than stated.")
     cached = [one for one in good if one.cached_tokens]
@@ -127,21 +138,18 @@ def _level_warnings(level: Level, result: EndpointResult) -> list[str]:
             f"CONFOUNDED: up to {most} prompt tokens came from the server's cache; "
             "turn its prefix cache off to compare prefill."
         )
-    if level.prompt_tokens and abs(level.prompt_tokens.median / result.prompt - 1) > _LENGTH_TOLERANCE:
+    begun = spread([one.prompt_tokens for one in good if one.prompt_tokens])
+    if begun and abs(begun.median / prompt - 1) > _LENGTH_TOLERANCE:
+        found.append(f"the prompts had {_range(begun.low, begun.high)} tokens, not {prompt}.")
+    ended = spread([one.output_tokens for one in good if one.output_tokens])
+    if ended and (ended.low < generate or ended.high > generate):
         found.append(
-            f"the prompts had {_range(level.prompt_tokens.low, level.prompt_tokens.high)} tokens, "
-            f"not {result.prompt}."
-        )
-    ended = level.output_tokens
-    if ended and (ended.low < result.generate or ended.high > result.generate):
-        found.append(
-            f"the answers had {_range(ended.low, ended.high)} tokens, not {result.generate}: "
+            f"the answers had {_range(ended.low, ended.high)} tokens, not {generate}: "
             "the server ends them when it likes."
         )
-    if level.tokens_per_chunk and level.tokens_per_chunk > _GROUPING_TOLERANCE:
-        found.append(
-            f"the server sends {level.tokens_per_chunk:.1f} tokens per chunk; gaps lie between chunks."
-        )
+    grouped = tokens_per_chunk(good)
+    if grouped and grouped > _GROUPING_TOLERANCE:
+        found.append(f"the server sends {grouped:.1f} tokens per chunk; gaps lie between chunks.")
     return found
 
 
@@ -203,11 +211,12 @@ def _level_to_dict(level: Level) -> dict[str, Any]:
             "input_tps": level.input_tps,
             "output_tps": level.output_tps,
         },
-        "exchanges": _exchanges(level.exchanges, level.started_ns),
+        "exchanges": exchanges_to_list(level.exchanges, level.started_ns),
     }
 
 
-def _exchanges(exchanges: Sequence[Exchange], started_ns: int) -> list[dict[str, Any]]:
+def exchanges_to_list(exchanges: Sequence[Exchange], started_ns: int) -> list[dict[str, Any]]:
+    """The raw exchanges as JSON values; their times count from `started_ns`."""
     return [
         {
             **asdict(one),
