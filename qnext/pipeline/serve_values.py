@@ -66,7 +66,7 @@ class Ended:
 
 
 class Refused(Exception):
-    """A job that the engine does not begin. `kind`: context_full, empty, grammar or bad; `numbers` explain."""
+    """A job that the engine does not begin. `kind`: context_full, empty, grammar, bad; `numbers` explain."""
 
     def __init__(self, kind: str, message: str, numbers: Mapping[str, int] | None = None) -> None:
         super().__init__(message)
@@ -74,7 +74,7 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """No model answers at the moment: it loads, starts again, or has failed for good (`retry_after_s` None)."""
+    """No model answers now: it loads, starts again, or has failed for good (`retry_after_s` None)."""
 
     def __init__(self, why: str, retry_after_s: float | None) -> None:
         super().__init__(why)
