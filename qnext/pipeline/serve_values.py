@@ -38,6 +38,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """A slot has taken the job: from here on it is neither refused nor waiting. Said before the first piece."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    queued_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A token, and the text that it made certain: maybe none, maybe more than its own.
 
@@ -122,10 +131,10 @@ class Backend(Protocol):
     def model(self) -> ServedModel | None:
         """What is served; None until it is known."""
 
-    def generate(self, job: Job) -> AsyncGenerator[Piece | Ended, None]:
-        """The pieces of an answer, then its end; closing it early frees the slot.
+    def generate(self, job: Job) -> AsyncGenerator[Begun | Piece | Ended, None]:
+        """That it has begun, the pieces of the answer, its end; closing it early frees the slot.
 
-        Raises Refused or Unavailable before the first piece, Unavailable when the engine dies in between.
+        Raises Refused or Unavailable before it begins, Unavailable when the engine dies in between.
         """
 
     async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
