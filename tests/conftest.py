@@ -16,7 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.register_profile("busy machine", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("busy machine")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -118,7 +118,7 @@ _SOURCES = {"usage": "by usage", "tokenize": "by the server's /tokenize", "estim
 
 
 def exchange_warnings(exchanges: Sequence[Exchange], prompt: int, generate: int) -> list[str]:
-    """What is odd about requests of so many tokens to one server: failures, waits, caches, lengths, chunks."""
+    """What is odd about requests of so many tokens to a server: failures, waits, caches, lengths, chunks."""
     found = []
     good = [one for one in exchanges if one.status == "ok"]
     failed = [one for one in exchanges if one.status != "ok"]

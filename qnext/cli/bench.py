@@ -14,6 +14,8 @@ from qnext.cli import bench_report, bench_sweep
 from qnext.cli.bench_endpoint import (
     DEFAULT_CONCURRENCY,
     DEFAULT_DEADLINE,
+    DEFAULT_REPETITIONS,
+    DEFAULT_ROUNDS,
     ApiKeyEnv,
     Concurrency,
     Deadline,
@@ -53,8 +55,17 @@ def run(
         typer.Option("-d", "--n-depth", metavar="N,…", help="Each with so many tokens already in context."),
     ] = "0",
     repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Samples per test.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            "-r",
+            "--repetitions",
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Samples per test; of two servers rounds.",
+            show_default=f"{DEFAULT_REPETITIONS}, with two servers {DEFAULT_ROUNDS}",
+        ),
+    ] = None,
     yes: Yes = False,
     url: Url = None,
     concurrency: Concurrency = DEFAULT_CONCURRENCY,
@@ -70,6 +81,8 @@ def run(
     Examples: qnext bench run model.gguf -p 512,2048 -n 128 -d 0,4096 -r 5
 
     qnext bench run --url http://127.0.0.1:8080/v1 --concurrency 1,2,4,8
+
+    qnext bench run --url http://127.0.0.1:8080/v1 --url http://127.0.0.1:8081/v1
     """
     from qnext.bench.names import Scenario, parse_counts, scenarios
     from qnext.config import find_paths
@@ -78,7 +91,7 @@ def run(
     from qnext.report.record_view import record_view, result_line
     from qnext.store.record import TestResult, record_to_dict
 
-    if url is not None:
+    if url:
         return bench_endpoint(
             url,
             model,
@@ -119,7 +132,8 @@ def run(
                 note(result_line(result))
 
             watch = BenchWatch(on_load=show, on_start=on_start, on_sample=on_sample, on_test=on_test)
-            record = run_bench(request, tests, repetitions, find_paths(), note, sys.argv[1:], watch)
+            samples_each = repetitions or DEFAULT_REPETITIONS
+            record = run_bench(request, tests, samples_each, find_paths(), note, sys.argv[1:], watch)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         note(_what_is_kept(record_ids, len(finished), len(tests)))

@@ -1,4 +1,4 @@
-"""`qnext bench run --url`: the options of its own, and the trip that measures a server."""
+"""`qnext bench run --url`: the options of its own, and the trips that measure a server or compare two."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from qnext.errors import UsageError
 
 if TYPE_CHECKING:
     from qnext.bench.endpoint import Level
+    from qnext.bench.endpoint_pair import PairLevel
+    from qnext.pipeline.endpoint_load import EndpointTask
 
 _PANEL = "A server (--url)"
 
 Url = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--url",
         metavar="URL",
-        help="Measure the OpenAI-compatible server there: http://127.0.0.1:8080/v1.",
+        help="Measure the OpenAI-compatible server there: http://127.0.0.1:8080/v1. "
+        "Given twice: compare the second with the first.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -35,7 +38,7 @@ ApiKeyEnv = Annotated[
     typer.Option(
         "--api-key-env",
         metavar="NAME",
-        help="Environment variable that holds the server's key.",
+        help="Environment variable that holds the server's key; of two servers both get it.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -47,29 +50,38 @@ Deadline = Annotated[
 ]
 DEFAULT_CONCURRENCY = "1,2,4,8"
 DEFAULT_DEADLINE = 600.0
+DEFAULT_REPETITIONS = 5
+DEFAULT_ROUNDS = 8
+"""Of two servers: the fewest with which a difference can be shown (`bench.endpoint_pair.FEWEST_PAIRS`)."""
 _MOST_CLIENTS = 256
 
 
 def bench_endpoint(
-    url: str,
+    urls: list[str],
     model: str | None,
     flags: PlanFlags,
     *,
     prompts: str,
     generates: str,
     depths: str,
-    repetitions: int,
+    repetitions: int | None,
     concurrency: str,
     api_key_env: str | None,
     deadline: float,
     json_output: bool,
 ) -> int:
-    """Measure the server and print what was found; 1 when a request failed. Raises QnextError."""
-    from qnext.bench.endpoint_result import result_to_dict
-    from qnext.bench.names import parse_counts
-    from qnext.pipeline.endpoint import EndpointTask, EndpointWatch, measure_endpoint
-    from qnext.report.endpoint_view import endpoint_view, level_line
+    """Measure one server or compare two, and print what was found; 1 when a request failed.
 
+    `repetitions` None is the usual number for so many servers. Raises QnextError.
+    """
+    from qnext.bench.names import parse_counts
+    from qnext.pipeline.endpoint_load import EndpointTask
+
+    if len(urls) > 2:
+        raise UsageError(
+            f"--url is given {len(urls)} times: one server is measured, or two are compared",
+            hint="Compare them two by two, with the same baseline first.",
+        )
     _refuse_plan_flags(flags, depths)
     clients = parse_counts(concurrency, "--concurrency")
     if min(clients) < 1 or max(clients) > _MOST_CLIENTS:
@@ -78,18 +90,26 @@ def bench_endpoint(
             hint=f"The usual: --concurrency {DEFAULT_CONCURRENCY}.",
         )
     task = EndpointTask(
-        url=url,
+        url=urls[0],
         model=model,
         concurrency=clients,
         prompt=_one_count(prompts, "-p"),
         generate=_one_count(generates, "-n"),
-        repetitions=repetitions,
+        repetitions=repetitions or (DEFAULT_REPETITIONS if len(urls) == 1 else DEFAULT_ROUNDS),
         api_key_env=api_key_env,
         deadline_s=deadline,
     )
+    return _measure_one(task, json_output) if len(urls) == 1 else _compare_two(task, urls[1], json_output)
+
+
+def _measure_one(task: EndpointTask, json_output: bool) -> int:
+    from qnext.bench.endpoint_result import result_to_dict
+    from qnext.pipeline.endpoint import EndpointWatch, measure_endpoint
+    from qnext.report.endpoint_view import endpoint_view, level_line
+
     ended: list[Level] = []
     try:
-        with progress_bar(f"measuring {url}") as show:
+        with progress_bar(f"measuring {task.url}") as show:
 
             def on_level(level: Level) -> None:
                 ended.append(level)
@@ -97,14 +117,45 @@ def bench_endpoint(
 
             result = measure_endpoint(task, EndpointWatch(on_progress=show, on_level=on_level))
     except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        note(f"{len(ended)} of {len(clients)} levels had ended; what is above is not stored")
+        _note_interrupted(len(ended), task)
         raise
     if json_output:
         print_json(result_to_dict(result))
     else:
         print_table(endpoint_view(result))
     return 1 if result.status in ("failed", "incomplete") else 0
+
+
+def _compare_two(task: EndpointTask, second: str, json_output: bool) -> int:
+    from qnext.bench.endpoint_pair_result import few_pairs_words, pair_to_dict
+    from qnext.pipeline.endpoint_pair import PairTask, PairWatch, measure_pair
+    from qnext.report.endpoint_pair_view import pair_level_line, pair_view
+
+    few = few_pairs_words(task.repetitions)
+    if few:
+        note(few)
+    ended: list[PairLevel] = []
+    try:
+        with progress_bar(f"comparing {second} with {task.url}") as show:
+
+            def on_level(level: PairLevel) -> None:
+                ended.append(level)
+                note(pair_level_line(level))
+
+            result = measure_pair(PairTask(task, second), PairWatch(on_progress=show, on_level=on_level))
+    except KeyboardInterrupt:
+        _note_interrupted(len(ended), task)
+        raise
+    if json_output:
+        print_json(pair_to_dict(result))
+    else:
+        print_table(pair_view(result))
+    return 1 if result.status in ("failed", "stopped", "incomplete") else 0
+
+
+def _note_interrupted(ended: int, task: EndpointTask) -> None:
+    sys.stderr.write("\n")
+    note(f"{ended} of {len(task.concurrency)} levels had ended; what is above is not stored")
 
 
 def refuse_endpoint_flags(concurrency: str, api_key_env: str | None, deadline: float) -> None:

@@ -1,51 +1,22 @@
-"""The trip of `bench run --url`: get to know a server, make prompts of the wanted length, load it, count.
+"""The trip of `bench run --url`: get to know a server, load it with more and more clients, count.
 
-First contact finds out which fields the server takes, by asking with all of them and then with fewer. Two or
-three short requests show how many tokens a word makes. Per level every client warms up once at full prompt
-length (new batch shapes compile graphs, pages come in); then all start together and each sends its requests
-one after the other. Prompts are made and tokens counted outside that time.
+Per level every client warms up once at full prompt length (new batch shapes compile graphs, pages come in);
+then all start together and each sends its requests one after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from statistics import median
 
-from qnext.bench.endpoint import CountSource, Exchange, Level, make_level
-from qnext.bench.endpoint_result import EndpointResult, EndpointServer, display_name
-from qnext.bench.prompts import Length, PromptMaker, fit_length
-from qnext.errors import ModelError, QnextError, UsageError
-from qnext.pipeline.endpoint_client import Answer, Dialect, EndpointClient, check_address
-from qnext.pipeline.endpoint_errors import NO_SUCH_PLACE, explain
-
-WARM_UP_TOKENS = 16
-_CONTACT_TOKENS = 16
-_PROBE_WORDS = (16, 80)
-_ROUND_TRIPS = 9
-_FITTING_ROUNDS = 3
-_NOT_UNDERSTOOD = (400, 415, 422)
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointTask:
-    """What to measure: `repetitions` requests of `prompt` and `generate` tokens by each of the clients.
-
-    `deadline_s` is how long one request may take. `api_key_env` names the environment variable with the key.
-    """
-
-    url: str
-    model: str | None = None
-    concurrency: tuple[int, ...] = (1,)
-    prompt: int = 512
-    generate: int = 128
-    repetitions: int = 5
-    api_key_env: str | None = None
-    deadline_s: float = 600.0
+from qnext.bench.endpoint import Level, make_level
+from qnext.bench.endpoint_result import EndpointResult
+from qnext.bench.prompts import PromptMaker
+from qnext.pipeline.endpoint_client import Answer, EndpointClient
+from qnext.pipeline.endpoint_load import EndpointTask, ServerLoad, get_to_know, make_client
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,51 +34,24 @@ def measure_endpoint(task: EndpointTask, watch: EndpointWatch) -> EndpointResult
     when the model has to be named; ModelError for a model that is not served; EngineError when the server is
     not there, fails, hangs or speaks something else. Once the first level runs, failures are in the result.
     """
-    url = check_address(task.url)
-    key = _read_key(task.api_key_env)
-    return asyncio.run(_measure(replace(task, url=url), key, watch))
+    return asyncio.run(_measure(task, make_client(task), watch))
 
 
-def _read_key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    key = os.environ.get(name, "").strip()
-    if not key or not (key.isascii() and key.isprintable()):
-        raise UsageError(
-            f"the environment variable {name} {'holds no usable key' if key else 'is not set'}",
-            hint=f"Set it to the server's key: export {name}=…",
-        )
-    return key
-
-
-async def _measure(task: EndpointTask, key: str | None, watch: EndpointWatch) -> EndpointResult:
+async def _measure(task: EndpointTask, client: EndpointClient, watch: EndpointWatch) -> EndpointResult:
     when = datetime.now(UTC).isoformat(timespec="seconds")
     seed = secrets.randbits(64)
-    async with EndpointClient(task.url, model=task.model, api_key=key, deadline_s=task.deadline_s) as client:
+    async with client:
         watch.on_progress(0.0, "getting to know the server")
-        listing, software = await _list_models(client, task)
-        client.model = task.model or _only_model(listing, task.url)
-        first = await _agree(client, task, listing)
-        round_trips = [await _round_trip_ns(client) for _ in range(_ROUND_TRIPS + 1)][1:]
-        load = _Load(client, task, watch, PromptMaker(seed), round(median(round_trips)))
-        await load.learn_length()
+        load = await get_to_know(client, task, PromptMaker(seed))
         levels: list[Level] = []
         for clients in task.concurrency:
-            levels.append(await load.run_level(clients, first=not levels))
+            levels.append(await _run_level(load, clients, levels, watch))
             watch.on_level(levels[-1])
             if levels[-1].status == "failed":
                 break
     return EndpointResult(
         when=when,
-        server=EndpointServer(
-            url=task.url,
-            software=software,
-            model=display_name(first.model or client.model),
-            build=first.build,
-            api=client.dialect.api,
-            extras=client.dialect.extras,
-            usage=first.exchange.output_tokens is not None,
-        ),
+        server=load.server,
         prompt=task.prompt,
         generate=task.generate,
         repetitions=task.repetitions,
@@ -115,172 +59,34 @@ async def _measure(task: EndpointTask, key: str | None, watch: EndpointWatch) ->
         seed=seed,
         prompt_source=load.prompt_source,
         output_source=load.output_source,
-        round_trip_ns=tuple(round_trips),
+        round_trip_ns=load.round_trips_ns,
         levels=tuple(levels),
     )
 
 
-def _explained(one: Exchange, task: EndpointTask) -> QnextError:
-    return explain(one, task.url, task.api_key_env)
+async def _run_level(load: ServerLoad, clients: int, before: list[Level], watch: EndpointWatch) -> Level:
+    """Warm up, start all clients together, and put together what they saw."""
+    task, words = load.task, f"{clients} at once"
+    done = sum(level.concurrency for level in before) * task.repetitions
+    total = sum(task.concurrency) * task.repetitions
+    watch.on_progress(done / total, f"{words}: warming up")
+    prompts = [[await load.prompt() for _ in range(task.repetitions)] for _ in range(clients)]
+    await load.warm_up(clients, first=not before)
+    together = asyncio.Barrier(clients)
+    seen: list[tuple[str, Answer]] = []
 
-
-async def _list_models(client: EndpointClient, task: EndpointTask) -> tuple[list[str], str | None]:
-    """Names of the models served, empty where the server does not tell, and its Server header."""
-    exchange, found, software = await client.get("/models")
-    if exchange.http_status in NO_SUCH_PLACE:
-        return [], software
-    if exchange.status == "foreign-server" and task.model is not None:
-        return [], software
-    if exchange.status != "ok":
-        raise _explained(exchange, task)
-    entries = found.get("data") if isinstance(found, dict) else None
-    names = [one.get("id") for one in entries if isinstance(one, dict)] if isinstance(entries, list) else None
-    if names is None and task.model is None:
-        odd = replace(exchange, status="foreign-server", error="its /models is not a list of models")
-        raise _explained(odd, task)
-    return [name for name in names or [] if isinstance(name, str)], software
-
-
-def _only_model(names: list[str], url: str) -> str | None:
-    if len(names) > 1:
-        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-        raise UsageError(
-            f"the server has {len(names)} models: {shown}",
-            hint=f"Name one: qnext bench run --url {url} {names[0]}",
-        )
-    return names[0] if names else None
-
-
-async def _agree(client: EndpointClient, task: EndpointTask, names: list[str]) -> Answer:
-    """The first answer, in the richest dialect that the server takes. `client.dialect` is left at it."""
-    refusals: list[Exchange] = []
-    for api in ("chat", "completions"):
-        for extras, usage in ((True, True), (False, True), (False, False)):
-            client.dialect = Dialect(api, extras, usage)
-            answer = await client.ask("Tell a story.", _CONTACT_TOKENS)
-            if answer.exchange.status == "ok":
-                return answer
-            refusals.append(answer.exchange)
-            code = answer.exchange.http_status
-            if code in NO_SUCH_PLACE:
-                if client.model is not None and names and client.model not in names:
-                    raise ModelError(
-                        f"the server has no model called '{client.model}'",
-                        hint=f"It has: {', '.join(names[:8])}",
-                    )
+    async def work(number: int) -> None:
+        await together.wait()
+        for prompt in prompts[number]:
+            answer = await load.client.ask(prompt, task.generate, client=number)
+            seen.append((prompt, answer))
+            watch.on_progress(
+                (done + len(seen)) / total, f"{words}: {len(seen)} of {clients * task.repetitions} answers"
+            )
+            if answer.exchange.status in ("hung", "unreachable"):
                 break
-            if code not in _NOT_UNDERSTOOD:
-                raise _explained(answer.exchange, task)
-    told = next((one for one in refusals if one.http_status in _NOT_UNDERSTOOD), refusals[0])
-    raise _explained(told, task)
 
-
-async def _round_trip_ns(client: EndpointClient) -> int:
-    exchange, _, _ = await client.get("/models")
-    return exchange.ended_ns - exchange.sent_ns
-
-
-@dataclass(slots=True)
-class _Load:
-    """The load on one server, level after level."""
-
-    client: EndpointClient
-    task: EndpointTask
-    watch: EndpointWatch
-    maker: PromptMaker
-    round_trip_ns: int
-    length: Length = field(default_factory=Length)
-    prompt_source: CountSource = "usage"
-    output_source: CountSource = "usage"
-    _template_tokens: int | None = None
-    """What the server's count is above that of `/tokenize`; None without one of them."""
-    _done: int = 0
-
-    async def learn_length(self) -> None:
-        """Measure what words and template come to in tokens, and how prompts will be counted."""
-        few, many = [(words, await self._count_prompt(words)) for words in _PROBE_WORDS]
-        if not few[1] or not many[1]:
-            self.prompt_source = "estimate"
-            return
-        self.length = fit_length(few, many)
-        words = self.length.words_for(self.task.prompt)
-        if words > many[0]:
-            self.length = fit_length(few, (words, await self._count_prompt(words)))
-
-    async def _count_prompt(self, words: int) -> int:
-        """Tokens of a prompt of so many words, 0 if nobody can tell."""
-        text = self.maker.text(self.maker.words(words))
-        exchange = (await self.client.ask(text, 1)).exchange
-        if exchange.http_status != 200:
-            raise _explained(exchange, self.task)
-        tokenised = await self.client.count_tokens(text)
-        if exchange.prompt_tokens is None:
-            self.prompt_source = "tokenize"
-            return tokenised or 0
-        if tokenised is not None:
-            self._template_tokens = exchange.prompt_tokens - tokenised
-        return exchange.prompt_tokens
-
-    async def _prompt(self) -> str:
-        """A fresh prompt; where the server tells its tokens, trimmed until the length is right."""
-        words = self.maker.words(self.length.words_for(self.task.prompt))
-        for _ in range(_FITTING_ROUNDS if self._template_tokens is not None else 0):
-            tokens = await self.client.count_tokens(self.maker.text(words))
-            if tokens is None or self._template_tokens is None:
-                break
-            short_of = self.task.prompt - tokens - self._template_tokens
-            change = max(round(short_of / self.length.tokens_per_word), 1 - len(words))
-            if change == 0:
-                break
-            words = words + self.maker.words(change) if change > 0 else words[:change]
-        return self.maker.text(words)
-
-    async def run_level(self, clients: int, *, first: bool) -> Level:
-        """Warm up, start all clients together, and put together what they saw.
-
-        Raises as `measure_endpoint` does when nothing works while warming up for the first level.
-        """
-        repetitions, words = self.task.repetitions, f"{clients} at once"
-        self.watch.on_progress(self._share(), f"{words}: warming up")
-        prompts = [[await self._prompt() for _ in range(repetitions + 1)] for _ in range(clients)]
-        tokens = min(self.task.generate, WARM_UP_TOKENS)
-        warm_ups = await asyncio.gather(*(self.client.ask(own[0], tokens) for own in prompts))
-        if first and all(answer.exchange.status != "ok" for answer in warm_ups):
-            raise _explained(warm_ups[0].exchange, self.task)
-        together = asyncio.Barrier(clients)
-        seen: list[tuple[str, Answer]] = []
-
-        async def work(number: int) -> None:
-            await together.wait()
-            for prompt in prompts[number][1:]:
-                answer = await self.client.ask(prompt, self.task.generate, client=number)
-                seen.append((prompt, answer))
-                self._done += 1
-                self.watch.on_progress(
-                    self._share(), f"{words}: {len(seen)} of {clients * repetitions} answers"
-                )
-                if answer.exchange.status in ("hung", "unreachable"):
-                    break
-
-        await asyncio.gather(*(work(number) for number in range(clients)))
-        exchanges = [await self._counted(prompt, answer) for prompt, answer in seen]
-        started_ns = min(one.sent_ns for one in exchanges)
-        return make_level(clients, started_ns, exchanges, self.round_trip_ns)
-
-    async def _counted(self, prompt: str, answer: Answer) -> Exchange:
-        """The exchange with the tokens counted that the server did not count."""
-        exchange = answer.exchange
-        if exchange.status != "ok":
-            return exchange
-        if exchange.prompt_tokens is None:
-            known = await self.client.count_tokens(prompt) if self.prompt_source == "tokenize" else None
-            estimate = known or round(len(prompt.split()) * self.length.tokens_per_word)
-            exchange = replace(exchange, prompt_tokens=estimate)
-        if exchange.output_tokens is None:
-            known = await self.client.count_tokens(answer.text)
-            self.output_source = "tokenize" if known else "estimate"
-            exchange = replace(exchange, output_tokens=known or len(exchange.arrivals_ns))
-        return exchange
-
-    def _share(self) -> float:
-        return self._done / (sum(self.task.concurrency) * self.task.repetitions)
+    await asyncio.gather(*(work(number) for number in range(clients)))
+    exchanges = await load.counted(seen)
+    started_ns = min(one.sent_ns for one in exchanges)
+    return make_level(clients, started_ns, exchanges, load.round_trip_ns)

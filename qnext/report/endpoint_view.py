@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qnext.bench.endpoint import Level, Spread
-from qnext.bench.endpoint_result import EndpointResult, result_warnings
+from qnext.bench.endpoint_result import EndpointResult, EndpointServer, result_warnings
 from qnext.report.words import digits, local_time, plural
 
 if TYPE_CHECKING:
@@ -26,16 +26,14 @@ def endpoint_view(result: EndpointResult) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    server = result.server
     headline = Text.assemble(
-        (server.model or "a model without a name", "bold"),
-        f" at {server.url}, {local_time(result.when)}, ",
+        *served(result.server),
+        f", {local_time(result.when)}, ",
         (result.status, "green" if result.status == "ok" else "yellow"),
     )
-    software = " ".join(part for part in (server.software, server.build) if part) or "unnamed software"
     requests = plural(result.repetitions, "request")
     facts = (
-        f"server {software}, {server.api} API\n"
+        f"{software_words(result.server)}\n"
         f"{requests} per client, {result.prompt:,} tokens in, {result.generate:,} out, greedy, fresh text"
     )
     return Group(
@@ -50,6 +48,17 @@ def endpoint_view(result: EndpointResult) -> Group:
     )
 
 
+def served(server: EndpointServer) -> tuple[tuple[str, str], str]:
+    """The model and where it is, for `Text.assemble`."""
+    return (server.model or "a model without a name", "bold"), f" at {server.url}"
+
+
+def software_words(server: EndpointServer) -> str:
+    """`server llama.cpp b8000-abc, chat API`."""
+    software = " ".join(part for part in (server.software, server.build) if part) or "unnamed software"
+    return f"server {software}, {server.api} API"
+
+
 def level_line(level: Level) -> str:
     """One finished level in a line."""
     clients = plural(level.concurrency, "client")
@@ -58,8 +67,8 @@ def level_line(level: Level) -> str:
     decode = "–" if level.decode_tps is None else f"{digits(level.decode_tps.median)} t/s"
     total = "–" if level.output_tps is None else f"{digits(level.output_tps)} t/s"
     return (
-        f"{clients}: first token after {_ms(level.ttft_ns.median)} ms "
-        f"({_ms(level.ttft_ns.low)}–{_ms(level.ttft_ns.high)}), decode {decode}, together {total} out"
+        f"{clients}: first token after {ms(level.ttft_ns.median)} ms "
+        f"({ms(level.ttft_ns.low)}–{ms(level.ttft_ns.high)}), decode {decode}, together {total} out"
     )
 
 
@@ -69,11 +78,11 @@ def _times(levels: Sequence[Level]) -> RenderableType:
         ttft, gap = level.ttft_ns, level.gap_ns
         table.add_row(
             str(level.concurrency),
-            _ms(ttft.median if ttft else None),
-            f"{_ms(ttft.low)}–{_ms(ttft.high)}" if ttft else "–",
-            _ms(gap.median if gap else None),
-            _ms(gap.p95 if gap else None),
-            _ms(gap.p99 if gap else None),
+            ms(ttft.median if ttft else None),
+            f"{ms(ttft.low)}–{ms(ttft.high)}" if ttft else "–",
+            ms(gap.median if gap else None),
+            ms(gap.p95 if gap else None),
+            ms(gap.p99 if gap else None),
             f"{len(level.exchanges):,}",
             f"{len(level.failed):,}",
         )
@@ -87,8 +96,8 @@ def _speeds(levels: Sequence[Level]) -> RenderableType:
             str(level.concurrency),
             *_figure_and_range(level.prefill_tps),
             *_figure_and_range(level.decode_tps),
-            _figure(level.input_tps),
-            _figure(level.output_tps),
+            figure(level.input_tps),
+            figure(level.output_tps),
         )
     return table
 
@@ -102,7 +111,8 @@ def _table(*titles: str) -> Table:
     return table
 
 
-def _ms(time_ns: float | None) -> str:
+def ms(time_ns: float | None) -> str:
+    """Milliseconds without their unit; `–` for None."""
     return "–" if time_ns is None else digits(time_ns / 1e6)
 
 
@@ -112,5 +122,5 @@ def _figure_and_range(found: Spread | None) -> tuple[str, str]:
     )
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     return "–" if value is None else digits(value)

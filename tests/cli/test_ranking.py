@@ -69,7 +69,7 @@ def test_every_model_is_there_once_in_the_stated_order(hardware: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hardware", "rams"), [("container-16gb", range(10, 60, 2)), ("rtx4070-64gb", (5, 10, 20, 33, 36, 48))]
+    ("hardware", "rams"), [("container-16gb", (10, 22, 34, 46, 58)), ("rtx4070-64gb", (5, 20, 34, 48))]
 )
 def test_what_fits_by_size_fits_when_planned_too(
     hardware: str, rams: Iterable[int], monkeypatch: pytest.MonkeyPatch
@@ -98,7 +98,7 @@ def test_what_fits_by_size_fits_when_planned_too(
 
 def test_more_memory_never_loses_a_model() -> None:
     before: set[str] = set()
-    for ram in (8, 16, 32, 64, 128, 512):
+    for ram in (8, 24, 64, 512):
         fitting = {
             one.model.name
             for one in rank(hardware="container-16gb", ram=ram * GIB)

@@ -20,7 +20,8 @@ from qnext.config import find_paths
 from qnext.engine.fit import find_fit_program
 from qnext.engine.rpc import free_port
 from qnext.errors import EngineError
-from qnext.pipeline.endpoint import EndpointTask, EndpointWatch, measure_endpoint
+from qnext.pipeline.endpoint import EndpointWatch, measure_endpoint
+from qnext.pipeline.endpoint_load import EndpointTask
 
 pytestmark = pytest.mark.engine
 

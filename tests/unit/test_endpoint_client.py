@@ -11,8 +11,9 @@ import pytest
 
 from qnext.bench.endpoint_result import EndpointResult, result_to_dict, result_warnings
 from qnext.errors import EngineError, ModelError, QnextError, UsageError
-from qnext.pipeline.endpoint import EndpointTask, EndpointWatch, measure_endpoint
+from qnext.pipeline.endpoint import EndpointWatch, measure_endpoint
 from qnext.pipeline.endpoint_client import MOST_WAITS, check_address
+from qnext.pipeline.endpoint_load import EndpointTask
 from tests.endpoint_server import EndpointServer, Manner
 
 MS = 1_000_000
