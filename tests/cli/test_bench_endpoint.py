@@ -37,6 +37,29 @@ def test_a_failed_request_ends_with_1_and_its_reason(qnext: Qnext) -> None:
     assert row.split()[-2:] == ["2", "1"]
 
 
+def test_of_two_servers_the_slower_one_is_named(qnext: Qnext) -> None:
+    quick, slow = Manner(first_s=0.02, gap_s=0.002), Manner(first_s=0.06, gap_s=0.002)
+    with EndpointServer(quick) as first, EndpointServer(slow) as second:
+        both = ("bench", "run", "--url", first.url, "--url", second.url, "--concurrency", "1")
+        done = qnext(*both, "-p", "40", "-n", "6")
+        asked = qnext(*both, *SHORT, "--json")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert f"first   tiny at {first.url}" in done.stdout and f"second  tiny at {second.url}" in done.stdout
+    assert "1 client: ok, 8 pairs, intervals at 99 %" in done.stdout
+    rows = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
+    assert rows["TTFT ms"][-1] == "slower" and float(rows["TTFT ms"][4]) > 1.5
+    assert rows["all out t/s"][-1] == "slower" and float(rows["all out t/s"][5]) < 1
+    assert "1 client, second to first: first token" in done.stderr
+
+    found = json.loads(asked.stdout)
+    assert (found["schema"], found["status"]) == ("qnext.endpoint-pair/1", "ok")
+    assert [one["url"] for one in found["servers"]] == [first.url, second.url]
+    assert found["levels"][0]["comparisons"]["ttft"]["word"] == "no difference shown"
+    few = "2 pairs of rounds cannot show a difference at 99 %"
+    assert few in asked.stderr and any(few in text for text in found["warnings"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -47,6 +70,8 @@ def test_a_failed_request_ends_with_1_and_its_reason(qnext: Qnext) -> None:
         (("--url", "http://127.0.0.1:9/v1", "-n", "0"), "one number of tokens"),
         (("--url", "http://127.0.0.1:9/v1", "--concurrency", "0"), "between 1 and 256"),
         (("--url", "http://127.0.0.1:9/v1", "--api-key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY is not set"),
+        (("--url", "http://127.0.0.1:9/v1") * 3, "--url is given 3 times"),
+        (("--url", "http://127.0.0.1:9/v1", "--url", "http://203.0.113.5/v1"), "not this machine's loopback"),
         (("demo", "--concurrency", "2"), "--concurrency only says something about a server"),
         ((), "Missing argument 'MODEL'"),
     ],
