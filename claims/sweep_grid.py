@@ -1,8 +1,9 @@
 """A sweep against the exhaustive grid of the same cells, against llama.cpp's fit and its defaults.
 
 On a true-shape slice of Qwen3-Next-80B-A3B, on the CPU alone and with a second device (an RPC worker on
-loopback with 2 GiB). The grid measures every cell as llama-bench would: a warm-up, then REPEATS turns, one
-cell after the other, each way to place the weights loaded once. The sweep then gets a fifth of the grid's
+loopback with 2 GiB), over the knobs that llama-bench has: threads for batches stay at all cores. The grid
+measures every cell as llama-bench would by itself: a warm-up, then REPEATS turns, one cell after the other,
+each way to place the weights loaded once. The sweep then gets a fifth of the grid's
 time. What the grid calls best is the luckiest of many, so its BEST_CELLS best, the sweep's winner and the
 baselines then run against each other on fresh turns: in rounds, there and back through the placements, the
 order drawn anew each time.
@@ -23,6 +24,7 @@ from claims._cells import measure_grid, measure_rounds, say
 from claims._slice import peer, true_slice
 from qnext.bench.verdict import Verdict, compare_paired
 from qnext.config import Paths
+from qnext.hardware import detect_machine
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_setup import prepare_sweep
 from qnext.pipeline.sweep_values import Grid
@@ -32,7 +34,7 @@ from qnext.plan.values import Workload
 LAYERS = 8
 DEVICE_BYTES = 2 << 30
 WORKLOAD = Workload(prompt=128, generate=16, depth=0)
-REPEATS, SHARE = 3, 0.2
+REPEATS, SHARE = 5, 0.2
 BEST_CELLS, ROUNDS, TURNS = 3, 5, 2
 
 
@@ -124,9 +126,11 @@ def _said(verdicts: dict[str, Verdict]) -> str:
 @cache
 def _contest(*, rpc: bool) -> Contest:
     with true_slice(LAYERS) as (model, home), _second_device(rpc) as extra:
+        cores = detect_machine(home).cpu.usable_cores or 1
+        grid = Grid(threads_batch=(cores,))
         paths = Paths(home / "config", home / "data", home / "cache")
-        request = Request(model=str(model), context=1024, workload=WORKLOAD, **extra)  # type: ignore[arg-type]
-        prepared = prepare_sweep(request, paths, say, grid=Grid(), seconds=3600.0)
+        request = Request(model=str(model), context=1024, threads_batch=cores, workload=WORKLOAD, **extra)  # type: ignore[arg-type]
+        prepared = prepare_sweep(request, paths, say, grid=grid, seconds=3600.0)
         times, grid_s = measure_grid(prepared, REPEATS)
         middle = {name: statistics.median(all_of_it) for name, all_of_it in times.items()}
         best = sorted(middle, key=lambda name: middle[name])[:BEST_CELLS]
@@ -134,7 +138,7 @@ def _contest(*, rpc: bool) -> Contest:
         began = time.monotonic()
         seconds = SHARE * grid_s - 2.0  # what preparing takes is the sweep's, too
         steps: list[Progress] = []
-        short = prepare_sweep(request, paths, say, grid=Grid(), seconds=seconds)
+        short = prepare_sweep(request, paths, say, grid=grid, seconds=seconds)
         run = run_sweep(start_sweep(short, paths), short, paths, SweepWatch(on_measured=steps.append))
         sweep_s = time.monotonic() - began
         assert run.result.winner is not None

@@ -82,7 +82,9 @@ class Standing:
 class Result:
     """The end of a race. `verdict` compares the `challenger` with the best baseline, `against`.
 
-    `winner` is the challenger if that verdict says faster, else `against`; None when nothing ran.
+    `likely` is the chance, by all that was measured, that the challenger takes less time than `against`.
+    `winner` is the challenger where the verdict says faster or that chance is high and the verdict not
+    against it, else `against`; None when nothing ran.
     """
 
     winner: str | None
@@ -90,6 +92,7 @@ class Result:
     against: str | None
     verdict: Verdict | None
     standings: tuple[Standing, ...]
+    likely: float | None = None
 
 
 def excluded_arms(

@@ -6,9 +6,11 @@ where it is loaded, the best known arm, and challengers, each drawn with the cha
 arms that cannot win are never measured and contenders often. A model is loaded once on the way up through the
 placements, and the most promising ones once more on the way down, which cancels what drifts with time. The
 **duel** then compares the one challenger with the baselines on fresh pairs, since an arm picked as the best
-of many looks better than it is. Only a verdict of "faster" makes it the winner. Rounds of a duel between two
-loaded models go there and back for the same reason as above; each look at the pairs spends its part of the
-chance to call an equal arm faster (Bonferroni, one-sided), so looking often finds nothing that is not there.
+of many looks better than it is. It wins by a verdict of "faster"; or, where the pairs are too few for one,
+when everything measured together makes it BELIEVED likely to be faster: then it is the better choice, and is
+not called faster. Rounds of a duel between two loaded models go there and back for the same reason as above;
+each look at the pairs spends its part of the chance to call an equal arm faster (Bonferroni, one-sided), so
+looking often finds nothing that is not there.
 
 All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
 resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose
@@ -22,7 +24,7 @@ import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from math import exp, sqrt
-from statistics import median
+from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Any
 
 from qnext.bench.knob_model import Belief, KnobModel, Seen
@@ -60,6 +62,7 @@ SHORT_SHARE = 1 / 6
 NOISY_TRIES = 2
 SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads", "cover")
 CERTAIN = 1.96
+BELIEVED = 0.9
 
 _Script = Generator[tuple[int, Rung], Outcome, None]
 
@@ -174,7 +177,11 @@ class Race:
         def name(index: int | None) -> str | None:
             return None if index is None else self.arms[index].name
 
-        return Result(name(best), name(self._challenger), name(self._against), self._verdict, standings)
+        likely = None
+        if self._challenger is not None and self._against is not None:
+            likely = self._chance_faster(self._challenger, self._against)
+        names = name(best), name(self._challenger), name(self._against)
+        return Result(*names, self._verdict, standings, likely)
 
     def _run(self) -> _Script:
         home = {arm.group for arm in self.arms if arm.baseline}
@@ -280,7 +287,8 @@ class Race:
             look = 1 - 2 * (1 - self.confidence) / rounds
             self._challenger = challenger
             self._verdict = compare_paired(*zip(*both, strict=True), confidence=look)
-            if self._verdict.word == "faster":
+            likely = self._chance_faster(challenger, self._against) >= BELIEVED
+            if self._verdict.word == "faster" or (likely and self._verdict.word != "slower"):
                 self._winner = challenger
             if self._verdict.word != "no difference shown" or self._verdict.low > 1 - SMALLEST_EFFECT:
                 return
@@ -336,6 +344,13 @@ class Race:
         """That the fastest arm of all is in this group."""
         _, worlds = self._think()
         return float(sum(self.arms[int(i)].group == group for i in worlds.argmin(axis=1)) / WORLDS)
+
+    def _chance_faster(self, one: int, other: int) -> float:
+        """That arm `one` takes less time than `other`, by everything measured."""
+        belief, _ = self._think()
+        cov = belief.covariance
+        spread = sqrt(max(1e-12, cov[one, one] + cov[other, other] - 2 * cov[one, other]))
+        return NormalDist().cdf(float(belief.mean[other] - belief.mean[one]) / spread)
 
     def _loss(self) -> float:
         """Expected share of time lost if the best known arm were taken now."""
