@@ -18,6 +18,7 @@ from qnext.engine.log_reader import PRINT_RESOLUTION_BYTES, allocated_devices, r
 from qnext.engine.probe import LAYOUT_CRASHES, ORDER, known_policy, remember_policy
 from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
+from qnext.errors import QnextError
 from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
@@ -108,6 +109,11 @@ class RunningModel:
     def reopen(self) -> None:
         """Start the engine again after it died."""
         self.opened = self._open_safely()
+
+    def recover(self, error: QnextError) -> None:
+        """Start the engine again after `error`, with the next safer layout where that may be the cause."""
+        if not (isinstance(error, EngineCrashError) and self._retreat(error)):
+            self.reopen()
 
     def close(self) -> None:
         """End the engine child."""

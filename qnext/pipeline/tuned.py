@@ -41,6 +41,8 @@ from qnext.store.identity import model_digest
 from qnext.store.sweeps import SweepStore
 
 SCHEMA = "qnext.tuned/1"
+LIKELY_FASTER = "likely faster"
+"""The word of a winner that was chosen by all that was measured, where no test shows it to be faster."""
 _FOLDER = "tuned"
 _SAME_MEMORY = 0.03
 """How far the amount of RAM may move: kernels and firmware keep other parts for themselves."""
@@ -198,6 +200,8 @@ def _said(profile: TunedProfile) -> str:
     worth = "no faster than the plan"
     if profile.verdict == "faster" and profile.ratio is not None:
         worth = f"{1 - profile.ratio[0]:.0%} less time than the plan"
+    elif profile.verdict == LIKELY_FASTER:
+        worth = "likely faster than the plan, no test shows it"
     return f"tuned profile of {profile.when[:10]} in use ({worth}); --no-tuned plans without it"
 
 
@@ -210,7 +214,7 @@ def _weights_asked(request: Request, tuned: Placement) -> list[str]:
         "-ts": request.tensor_split is not None,
         "--repack": request.repack is not None,
         "--load-mode": request.load_mode != "none",
-        "-np": request.parallel != 1,
+        "-np": request.parallel not in (None, 1),
         "--rpc": request.rpc_servers != tuned.rpc_servers,
     }
     return [flag for flag, is_given in given.items() if is_given]
