@@ -94,31 +94,32 @@ class ThinkingSplitter:
     """Splits a stream of text into what is thought (between `<think>` and `</think>`) and what is said.
 
     A tag may arrive in pieces, so up to its length less one is held back. `prompt` tells whether the template
-    opened the thinking itself, as the Thinking models' does.
+    opened the thinking itself, as the Thinking models' does. Once something was said, tags are text.
     """
 
     def __init__(self, prompt: str) -> None:
         self._thinking = prompt.rstrip().endswith(THINK_OPEN)
         self._held = ""
+        self._spoken = False
 
     def feed(self, text: str) -> Iterator[tuple[bool, str]]:
         """Yield (thinking, piece) as far as it is certain."""
         self._held += text
         while self._held:
             tag = THINK_CLOSE if self._thinking else THINK_OPEN
-            at = self._held.find(tag)
-            if at >= 0:
-                if at:
-                    yield self._thinking, self._held[:at]
-                self._held = self._held[at + len(tag) :]
-                self._thinking = not self._thinking
+            at = -1 if self._spoken else self._held.find(tag)
+            keep = 0 if self._spoken else _overlap(self._held, tag)
+            certain = self._held[: at if at >= 0 else len(self._held) - keep]
+            if not self._thinking and not self._spoken and certain.strip():
+                self._spoken = True
                 continue
-            keep = _overlap(self._held, tag)
-            certain = self._held[: len(self._held) - keep]
             if certain:
                 yield self._thinking, certain
             self._held = self._held[len(certain) :]
-            return
+            if at < 0:
+                return
+            self._held = self._held[len(tag) :]
+            self._thinking = not self._thinking
 
     def finish(self) -> Iterator[tuple[bool, str]]:
         """Yield what was held back."""

@@ -64,9 +64,10 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """No more arguments come for this call."""
+    """No more arguments come for this call. Those of a call that is not `whole` are no valid JSON object."""
 
     index: int
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +212,9 @@ class ToolCallParser:
         if name not in self._tools:
             yield Warned(f"call of {name!r}, which is not among the tools")
 
-    def _end(self, braces: int, warning: str = "") -> Iterator[ToolEvent]:
+    def _end(self, braces: int, warning: str = "", *, whole: bool = True) -> Iterator[ToolEvent]:
         """The call is over; `braces` close it before its tag does."""
-        yield CallEnded(self._index)
+        yield CallEnded(self._index, whole)
         if warning:
             yield Warned(f"call of {self._name!r}: {warning}")
         self._braces, self._warned, self._after_call = braces, bool(warning), True
@@ -280,9 +281,9 @@ class ToolCallParser:
             scan.at = 0
         if scan.state == "ended":
             good = isinstance(load_json("".join(self._arguments)), dict)
-            yield from self._end(1, "" if good else "its arguments are not valid JSON")
+            yield from self._end(1, "" if good else "its arguments are not valid JSON", whole=good)
         elif scan.state == "broken" or last:
-            yield from self._end(0, "its arguments are not finished")
+            yield from self._end(0, "its arguments are not finished", whole=False)
         else:
             return False
         return True
@@ -341,7 +342,8 @@ class ToolCallParser:
             return False
         if not last and not held:
             return False
-        yield from self._end(0, "it is not finished" if last else "it is not written as it should be")
+        why = "it is not finished" if last else "it is not written as it should be"
+        yield from self._end(0, why, whole=False)
         return True
 
     def _value_start(self, last: bool) -> _Step:
@@ -367,7 +369,7 @@ class ToolCallParser:
             if last:
                 if self._value:
                     yield CallArguments(self._index, _quoted("".join(self._value))[:-1])
-                yield from self._end(0, "it is not finished")
+                yield from self._end(0, "it is not finished", whole=False)
             return last
         if self._value is not None:
             text, fits = json_value("".join(self._value), self._types)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ from qnext.models.chat import ThinkingSplitter
 from qnext.pipeline.conversation import Piece, Turn
 
 
-def _split(text: str, cuts: list[int], prompt: str = "") -> dict[bool, str]:
+def _split(text: str, cuts: Iterable[int], prompt: str = "") -> dict[bool, str]:
     splitter = ThinkingSplitter(prompt)
     parts = {True: "", False: ""}
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
@@ -45,6 +45,11 @@ def test_a_template_that_opens_the_thinking_is_noticed() -> None:
     text = "Hm.</think>Yes."
     assert _split(text, [3], prompt="<|im_start|>assistant\n<think>\n") == {True: "Hm.", False: "Yes."}
     assert _split("Yes.", [], prompt="<think>\n\n</think>\n\n") == {True: "", False: "Yes."}
+
+
+def test_a_tag_that_is_mentioned_in_what_is_said_is_text() -> None:
+    text = "<think>a</think> Write <think> and </think>."
+    assert _split(text, range(len(text))) == {True: "a", False: " Write <think> and </think>."}
 
 
 def test_unfinished_thinking_stays_thinking() -> None:
