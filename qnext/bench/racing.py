@@ -218,12 +218,13 @@ class Race:
             blocks += 1
 
     def _each(self, group: str, until: float) -> _Script:
-        """Every arm of a group once, in an order drawn, until the time is used."""
+        """Every arm of a group once, in an order drawn, until the time is used; a few in any case."""
         block = [i for i in self._live() if self.arms[i].group == group]
         self._chance.shuffle(block)
         block.sort(key=lambda i: not self.arms[i].baseline)
-        for index in block:
-            wanted = self.arms[index].baseline or (self.spent_s < until and self._room(set()) != 0)
+        for place, index in enumerate(block):
+            in_time = place <= CHALLENGERS or self.spent_s < until
+            wanted = self.arms[index].baseline or (in_time and self._room(set()) != 0)
             if wanted and index not in self._excluded:
                 yield index, "short"
 

@@ -24,6 +24,7 @@ from qnext.pipeline.surroundings import require_this_machine
 from qnext.pipeline.sweep_values import Cell, Role, SweepSettings, problem_of
 from qnext.pipeline.sweeping import SweepRun
 from qnext.pipeline.tuned import (
+    LIKELY_FASTER,
     TunedProfile,
     driver_of,
     memory_of,
@@ -69,6 +70,8 @@ class SweepEnd:
 
     `front` are the names of the cells that no other beats in decode, prefill and context together; `plan` is
     the winner's, with its command line. `rival` is the challenger that no test has shown to be faster.
+    `likely` is set where the winner was chosen without such a test: the chance, by all that was measured,
+    that it takes less time than the best baseline.
     """
 
     sweep: StoredSweep
@@ -81,6 +84,7 @@ class SweepEnd:
     profile: TunedProfile
     loads: int
     rival: tuple[str, Verdict] | None = None
+    likely: float | None = None
 
     def of_role(self, role: Role) -> CellResult | None:
         """The baseline, if it ran."""
@@ -108,7 +112,8 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
     records = [one.record for one in results if one.record is not None]
     ResultStore(paths.results_db).keep(records)
     winner = next(one for one in results if one.cell.name == winner_name)
-    profile = _profile(run, winner, against)
+    likely = _likely(run.result, winner_name)
+    profile = _profile(run, winner, against, likely)
     save_profile(profile, paths)
     points = [one for one in results if one.decode_tps and one.prefill_tps]
     front = pareto_front([(one.decode_tps or 0, one.prefill_tps or 0, one.context) for one in points])
@@ -122,6 +127,7 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
             "profile": profile.name,
             "verdict": profile.verdict,
             "against": _against_to_dict(against),
+            "likely": likely,
             "llama_server_argv": list(plan.argv),
             "loads": loads,
             "cut_short": run.cut_short,
@@ -140,6 +146,7 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
         profile=profile,
         loads=loads,
         rival=_rival(run.result, winner_name),
+        likely=likely,
     )
 
 
@@ -165,6 +172,7 @@ def sweep_to_dict(end: SweepEnd) -> dict[str, Any]:
         "winner": end.winner.cell.name,
         "against": _against_to_dict(end.against),
         "rival": {"cell": end.rival[0], **_verdict_to_dict(end.rival[1])} if end.rival else None,
+        "likely": end.likely,
         "pareto": list(end.front),
         "loads": end.loads,
         "llama_server_argv": list(end.plan.argv),
@@ -240,9 +248,8 @@ def summarise_cells(
 def _winner(result: Result, results: Mapping[str, CellResult]) -> str:
     """The race's winner; where the race was ended before its test, the best baseline that ran."""
     assert result.winner is not None
-    proven = result.verdict is not None and result.verdict.word == "faster"
     ran = [one for one in results.values() if one.cell.roles and one.turn_s and one.status == "ok"]
-    if proven or results[result.winner].cell.roles or not ran:
+    if result.verdict is not None or results[result.winner].cell.roles or not ran:
         return result.winner
     return min(ran, key=lambda one: one.turn_s or 0.0).cell.name
 
@@ -253,6 +260,13 @@ def _rival(result: Result, winner: str) -> tuple[str, Verdict] | None:
     if challenger in (None, winner) or verdict is None or verdict.word == "slower" or verdict.ratio >= 1:
         return None
     return str(challenger), verdict
+
+
+def _likely(result: Result, winner: str) -> float | None:
+    """The chance that the winner is faster than the best baseline, where no test has shown it."""
+    if winner != result.challenger or result.verdict is None or result.verdict.word == "faster":
+        return None
+    return result.likely
 
 
 def _against(run: SweepRun, winner: str) -> dict[Role, tuple[str, Verdict | None]]:
@@ -320,13 +334,19 @@ def _record(run: SweepRun, one: CellResult, command: Sequence[str], kind: Any) -
 
 
 def _profile(
-    run: SweepRun, winner: CellResult, against: Mapping[Role, tuple[str, Verdict | None]]
+    run: SweepRun,
+    winner: CellResult,
+    against: Mapping[Role, tuple[str, Verdict | None]],
+    likely: float | None,
 ) -> TunedProfile:
     surroundings, settings = run.planned.surroundings, run.settings
     machine, workload = surroundings.machine, settings.workload
     _, verdict = against.get("plan", ("", None))
     word: str = verdict.word if verdict else "not tested"
-    word = "the plan itself" if "plan" in winner.cell.roles else word
+    if "plan" in winner.cell.roles:
+        word = "the plan itself"
+    elif likely is not None and word == "no difference shown":
+        word = LIKELY_FASTER
     name = profile_name(run.planned.model.ref, run.sweep.model_digest, machine_fingerprint(machine))
     return TunedProfile(
         name=name,

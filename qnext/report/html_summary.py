@@ -130,6 +130,9 @@ def headline(
     second = "" if fit is None else f" Against {fit.label}: {fit.said}."
     if fit is not None and fit.word == "chosen":
         second = " It is llama.cpp's own fit."
+    likely = sweep.result.get("likely")
+    if likely is not None:
+        second += f" By all that was measured it is {likely:.0%} likely to be faster than the best of them."
     return first + second
 
 

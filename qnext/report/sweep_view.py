@@ -221,6 +221,8 @@ def verdict_lines(end: SweepEnd) -> list[str]:
             lines.append(f"against {label}: not tested ({why})")
         else:
             lines.append(f"against {label}: {_verdict_words(verdict)}")
+    if end.likely is not None:
+        lines.append(f"chosen all the same: by all that was measured, {end.likely:.0%} likely to be faster")
     lines += [
         f"against {label}: {_absence(end, role)}" for role, label in _ROLES.items() if role not in end.against
     ]

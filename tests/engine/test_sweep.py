@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from qnext.bench.racing import BELIEVED
 from qnext.config import Paths, find_paths
 from qnext.pipeline.planning import plan_model
 from qnext.pipeline.request import Request
@@ -111,7 +112,8 @@ def test_a_sweep_ends_with_a_winner_its_records_and_a_profile_that_run_takes(
     assert all(cell["turn_s"] > 0 and cell["decode_tps"] > 0 and cell["tests"] for cell in ran)
     assert end["loads"] <= 10
     if "plan" not in cells[end["winner"]]["roles"]:
-        assert end["against"]["plan"]["word"] == "faster", "only a test makes a winner"
+        shown = [one["word"] == "faster" for one in end["against"].values()]
+        assert any(shown) or end["likely"] >= BELIEVED, "a test makes a winner, or all that was measured"
     shown = json.loads(qnext("bench", "history", "--json", env=environment).stdout)["records"]
     assert {record["kind"] for record in shown} == {"bench"}, "the cells that lost do not crowd the history"
 
