@@ -123,6 +123,10 @@ class EngineProcess:
 
     # --- messages -------------------------------------------------------------------------------------
 
+    def send(self, message: Message) -> None:
+        """Send something to an operation under way that listens (`serve`), from any thread."""
+        self._outbox.put(frame(message))
+
     def _request(
         self,
         doing: str,
@@ -140,11 +144,18 @@ class EngineProcess:
         raise EngineError("the engine ended its answer early", hint="Run the command again with -v.")
 
     def _run(
-        self, doing: str, request: Message, *, silence_limit_s: float | None = None
+        self,
+        doing: str,
+        request: Message,
+        *,
+        silence_limit_s: float | None = None,
+        at_work_since: Callable[[], float | None] | None = None,
     ) -> Generator[Message, None, None]:
         """Send a request and yield its events up to `done`; raises on failure, death or silence.
 
-        Abandoning the iterator early (Ctrl-C included) cancels the operation.
+        Silence counts from `at_work_since` at the earliest, and not at all while that is None; where it is
+        not given, the child is always at work. Abandoning the iterator early (Ctrl-C included) cancels the
+        operation.
         """
         if self._busy:
             raise RuntimeError("the request before this one was neither read to its end nor closed")
@@ -154,7 +165,7 @@ class EngineProcess:
         try:
             self._outbox.put(frame(request))
             while not finished:
-                message = self._expect(doing, silence_limit_s=silence_limit_s)
+                message = self._expect(doing, silence_limit_s=silence_limit_s, at_work_since=at_work_since)
                 if message["event"] == "alive":
                     continue
                 finished = message["event"] in _FINAL
@@ -187,10 +198,21 @@ class EngineProcess:
                 self._end("it did not stop when asked")
 
     def _expect(
-        self, doing: str, *, only: str | None = None, silence_limit_s: float | None = None
+        self,
+        doing: str,
+        *,
+        only: str | None = None,
+        silence_limit_s: float | None = None,
+        at_work_since: Callable[[], float | None] | None = None,
     ) -> Message:
         limit = self._silence_limit_s if silence_limit_s is None else silence_limit_s
         message = self._next_message(limit)
+        while message is _TIMED_OUT and at_work_since is not None:
+            since = at_work_since()
+            patience = limit if since is None else since + limit - time.monotonic()
+            if patience <= 0:
+                break
+            message = self._next_message(patience)
         if message is _TIMED_OUT:
             self._end("it gave no sign of life")
             self._finish_threads()

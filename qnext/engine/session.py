@@ -160,6 +160,16 @@ class EngineSession(EngineProcess):
         }
         return self._request("timing a turn", request, silence_limit_s=self._batch_silence_limit_s)
 
+    def serve(self, options: Message, *, at_work_since: Callable[[], float | None]) -> Iterator[Message]:
+        """Run the child's serving loop: yields its events, last a `done` event once it was told to stop.
+
+        Requests to the loop go through `send` (`ServingEngine` does both). Silence counts from
+        `at_work_since` (time.monotonic), and not while that is None.
+        """
+        request: Message = {"op": "serve", **options}
+        limit = self._batch_silence_limit_s
+        yield from self._run("serving", request, silence_limit_s=limit, at_work_since=at_work_since)
+
     @property
     def _batch_silence_limit_s(self) -> float:
         """A batch is decoded in one call that cannot speak meanwhile: the limit counts for so many tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,8 +32,9 @@ WARM_UP_TOKENS = 32
 class Runtime:
     """One model and one context at a time, and the operations on them."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, inbox: queue.Queue[Message] | None = None) -> None:
         self.signals = Signals(stream)
+        self._inbox = inbox
         self._model: Any = None
         self._path: str | None = None
         self._vocabulary: Vocabulary | None = None
@@ -56,6 +58,7 @@ class Runtime:
             "generate": self.generate,
             "bench": self.bench,
             "turn": self.turn,
+            "serve": self.serve,
             "time_copies": self.time_copies,
             "close": self.close,
         }
@@ -313,3 +316,11 @@ class Runtime:
     def turn(self, **options: Any) -> dict[str, Any]:
         """One timed turn on the present context; see `qnext.engine.llama.timing.turn`."""
         return timing.turn(self._ready_context(), self.signals, self._depths, **options)
+
+    def serve(self, **options: Any) -> dict[str, Any]:
+        """Serve many texts at once until told to stop; see `qnext.engine.llama.serving`."""
+        from qnext.engine.llama.serving import Serving  # numpy, which nothing else in here needs
+
+        assert self._inbox is not None
+        vocabulary, context = self._open_vocabulary(), self._ready_context()
+        return Serving(context, vocabulary, self.signals, self._inbox, model=self._model, **options).run()

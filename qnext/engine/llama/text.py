@@ -14,18 +14,20 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.stopped = False
+        self.stop_text: str | None = None
 
     def feed(self, piece: bytes, *, final: bool = False) -> str:
-        """Text that is safe to show now; `stopped` becomes true once a stop string has come.
+        """Text that is safe to show now; `stopped` becomes true once a stop string, `stop_text`, has come.
 
         What may be the beginning of a stop string is held back until the next piece, or `final`.
         """
         text = self._held + self._decoder.decode(piece, final)
         self._held = ""
-        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        found = [(index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:
+            index, self.stop_text = min(found)
             self.stopped = True
-            return text[: min(found)]
+            return text[:index]
         held = 0 if final else self._unfinished(text)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

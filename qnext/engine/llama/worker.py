@@ -65,7 +65,7 @@ def main() -> None:
     os.dup2(2, 1)
     _forbid_core_files()
     channel = Channel(sys.stdin.buffer, replies)
-    runtime = Runtime(channel.stream)
+    runtime = Runtime(channel.stream, channel.inbox)
     cancel = (runtime.signals.abort, runtime.signals.arm)
     threading.Thread(target=channel.read_forever, args=cancel, daemon=True).start()
     channel.reply("ready", pid=os.getpid())
