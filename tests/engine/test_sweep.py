@@ -149,7 +149,9 @@ def test_an_engine_that_dies_or_hangs_costs_its_cell_and_no_other(
     def strike(step: Any, cell: Cell) -> None:
         if not hit and children() and not cell.roles and not step.load:
             hit.append(cell.name)
-            threading.Timer(0.03, os.kill, (children()[0].pid, signal_number)).start()
+            child = children()[0].pid
+            os.kill(child, signal.SIGSTOP)  # so that it cannot have ended before it is struck
+            threading.Timer(0.2, os.kill, (child, signal_number)).start()
 
     run = raced(prepared(paths), paths, SweepWatch(on_step=strike))
     told = [one for one in run.sweep.measurements if run.cells[one.cell].name == hit[0]]
