@@ -1,0 +1,46 @@
+"""What the OpenAPI document says of answers: the pydantic models describe only what comes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+_ERRORS = {
+    400: "the request is not valid, or too long for the context",
+    401: "the key is missing or wrong",
+    403: "the host or the origin is not allowed",
+    413: "the body is too large",
+    415: "the body is not JSON by its type",
+    429: "all slots and the queue are taken; Retry-After says when to try again",
+    500: "a fault of the server or the engine",
+    503: "the model is loading, restarting or has failed",
+    504: "the answer was not ready within the server's limit",
+}
+
+
+def answers(kind: str, *, streams: bool = True, media: str = "application/json") -> dict[str, Any]:
+    """Keyword arguments of a route that answers with an object of `kind`, or with its stream of events."""
+    schema = {"type": "string"} if media.startswith("text/") else {"type": "object"}
+    content: dict[str, Any] = {media: {"schema": schema}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    told: dict[int, Any] = {200: {"description": f"{kind}", "content": content}}
+    for status, why in _ERRORS.items():
+        told[status] = {"description": why, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    return {"response_model": None, "responses": told}
