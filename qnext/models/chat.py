@@ -6,15 +6,27 @@ with the file from strangers, so they run in Jinja's sandbox.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 from qnext.errors import ModelError
 from qnext.models.header import ModelHeader
+from qnext.models.messages import template_messages
+from qnext.models.tool_calls import Tool
 
-ChatMessage = Mapping[str, str]
-"""`role` (system, user, assistant) and `content`."""
+if TYPE_CHECKING:
+    import jinja2
+
+ChatMessage = Mapping[str, Any]
+"""A message in OpenAI's form: `role` (system, user, assistant, tool), `content` (a text or parts of type
+`text`), and for an assistant's `reasoning_content` and `tool_calls`."""
+
+MOST_RENDERED = 16 << 20
+"""Characters of a prompt: more than any context holds, and less than would fill the memory."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -57,31 +69,116 @@ class ChatTemplate:
     bos: str = ""
     eos: str = ""
 
-    def render(self, messages: list[ChatMessage], **variables: object) -> str:
-        """The prompt for these messages, up to where the assistant speaks. Raises ModelError."""
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        /,
+        *,
+        tools: Sequence[Tool] | None = None,
+        enable_thinking: bool | None = None,
+        **variables: object,
+    ) -> str:
+        """The prompt for these messages, up to where the assistant speaks. Raises ModelError.
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _strftime_now
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(self.source).render(
-                messages=messages,
-                bos_token=self.bos,
-                eos_token=self.eos,
-                add_generation_prompt=True,
-                **variables,
-            )
-        except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
-            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise ModelError(
-                f"the model's chat template cannot be used: {why}",
-                hint="Try --raw to send the prompt as it is, without a template.",
-            ) from error
+        `variables` are the template's own (clients' `chat_template_kwargs`); unknown ones have no effect.
+        """
+        given: dict[str, object] = {"add_generation_prompt": True, **variables}
+        if enable_thinking is not None:
+            given["enable_thinking"] = enable_thinking
+        given |= {
+            "messages": template_messages(messages, self.source),
+            "tools": list(tools) if tools else None,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+        }
+        with _explained():
+            pieces, length = [], 0
+            for piece in _compiled(self.source)[0].generate(given):
+                pieces.append(piece)
+                length += len(piece)
+                if length > MOST_RENDERED:
+                    raise ValueError(f"it writes more than {MOST_RENDERED:,} characters")
+            return "".join(pieces)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template takes from outside. Raises ModelError when it is no template."""
+        with _explained():
+            return _compiled(self.source)[1]
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template shows tools to the model."""
+        return "tools" in self.variables
+
+    @property
+    def takes_thinking_switch(self) -> bool:
+        """Whether `enable_thinking` means something to the template."""
+        return "enable_thinking" in self.variables
+
+    def message_boundaries(self, rendered: str) -> list[int]:
+        """Character offsets behind the end of each message in a rendered prompt, in order.
+
+        Prompts of one conversation mostly agree up to one of these, so they are worth a state checkpoint. A
+        message that quotes the marker adds offsets that are merely of no use. Empty when the template
+        marks no ends.
+        """
+        marker = _end_marker(self)
+        return [found.end() for found in re.finditer(re.escape(marker), rendered)] if marker else []
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template and the names it takes from outside. Raises jinja2.TemplateError."""
+    from jinja2 import meta, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` of transformers marks what is trained on; here it means nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    environment.filters["tojson"] = _to_json
+    names = meta.find_undeclared_variables(environment.parse(source))
+    return environment.from_string(source), frozenset(names)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Whatever a template raises as one ModelError."""
+    import jinja2
+
+    try:
+        yield
+    except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ModelError(
+            f"the model's chat template cannot be used: {why}",
+            hint="Try --raw to send the prompt as it is, without a template.",
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _end_marker(template: ChatTemplate) -> str:
+    """What the template writes behind a user's message; empty when it writes nothing to go by."""
+    probe = "8c0e4f"
+    try:
+        said = template.render([{"role": "user", "content": probe}], add_generation_prompt=False)
+    except ModelError:
+        return ""
+    marker = said.rpartition(probe)[2]
+    return marker if marker.strip() else ""
 
 
 def chat_template(header: ModelHeader, *, bos: str = "", eos: str = "") -> ChatTemplate | None:
