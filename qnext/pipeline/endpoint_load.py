@@ -24,7 +24,8 @@ WARM_UP_TOKENS = 16
 _CONTACT_TOKENS = 16
 _PROBE_WORDS = (16, 80)
 _ROUND_TRIPS = 9
-_FITTING_ROUNDS = 3
+_FITTING_ROUNDS = 16
+_DRAWN_AGAIN = 3
 _NOT_UNDERSTOOD = (400, 415, 422)
 
 
@@ -193,18 +194,26 @@ class ServerLoad:
         return exchange.prompt_tokens
 
     async def prompt(self) -> str:
-        """A fresh prompt; where the server tells its tokens, trimmed until the length is right."""
+        """A fresh prompt; where the server tells its tokens, changed until the length is right.
+
+        The last few words are drawn again too: words are not all of the same tokens, so the count is mostly
+        met exactly. Each of `_FITTING_ROUNDS` tries goes on from the nearest so far.
+        """
         words = self.maker.words(self.length.words_for(self.task.prompt))
+        nearest, short_of = words, self.task.prompt
         for _ in range(_FITTING_ROUNDS if self._template_tokens is not None else 0):
             tokens = await self.client.count_tokens(self.maker.text(words))
             if tokens is None or self._template_tokens is None:
                 break
-            short_of = self.task.prompt - tokens - self._template_tokens
-            change = max(round(short_of / self.length.tokens_per_word), 1 - len(words))
-            if change == 0:
+            missing = self.task.prompt - tokens - self._template_tokens
+            if abs(missing) < abs(short_of):
+                nearest, short_of = words, missing
+            if short_of == 0:
                 break
-            words = words + self.maker.words(change) if change > 0 else words[:change]
-        return self.maker.text(words)
+            wanted = max(1, len(nearest) + int(short_of / self.length.tokens_per_word))
+            kept = nearest[: max(0, min(wanted, len(nearest) - _DRAWN_AGAIN))]
+            words = kept + self.maker.words(wanted - len(kept))
+        return self.maker.text(nearest)
 
     async def warm_up(self, clients: int, *, first: bool) -> None:
         """A short answer to a prompt of full length for every client, all at once.

@@ -4,9 +4,10 @@ Per level both are warmed up. Then come rounds: all clients send one request eac
 the other is idle, and then to the other; who goes first is drawn. What the machine does meanwhile (clocks,
 heat, other programs) meets both alike, which two runs one after the other cannot say.
 
-Before each half of a round nothing is asked for a moment. A server that has just answered is not at rest:
-llama.cpp's threads spin for up to some tenths of a second in case there is more to do
-(`ggml_graph_compute_poll_for_work`), and would take their cores from the other server.
+Before each half of a round nothing is asked for a moment. A server that has just answered may not be at rest:
+it frees slots and keeps states, and where llama.cpp has threads of its own (built without OpenMP) they spin
+through 6.5 million pauses before they sleep (`ggml_graph_compute_poll_for_work`), a tenth of a second or
+more. All that would take cores from the other server.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class PairTask:
 
     first: EndpointTask
     second_url: str
-    rest_s: float = 0.3
+    rest_s: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)

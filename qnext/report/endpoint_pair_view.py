@@ -26,8 +26,9 @@ _LEGEND = (
     "TTFT: time to first token, the median client's. Longest gap: between two chunks",
     "of text, of all clients. Per token: after the first one, the median client's.",
     "All out: tokens of all clients together, from the first request to the last",
-    "chunk. Figures are medians of the pairs. Ratio: the second's figure over the",
-    "first's; under 1 the second takes less time, for t/s over 1 it makes more.",
+    "chunk. Figures are medians of the rounds. Ratio: the second's over the first's",
+    "in a typical pair; under 1 the second takes less time, for t/s over 1 it makes",
+    "more.",
 )
 
 

@@ -22,6 +22,7 @@ from qnext.engine.rpc import free_port
 from qnext.errors import EngineError
 from qnext.pipeline.endpoint import EndpointWatch, measure_endpoint
 from qnext.pipeline.endpoint_load import EndpointTask
+from qnext.pipeline.endpoint_pair import PairTask, PairWatch, measure_pair
 
 pytestmark = pytest.mark.engine
 
@@ -74,6 +75,18 @@ def test_figures_agree_with_the_servers_own_timings(served: str) -> None:
     # Wide, for a busy machine: what the ratios are on a quiet one is no matter for a test.
     assert one.prefill_tps and one.prefill_tps.median / own_prefill == pytest.approx(1, abs=0.3)
     assert one.decode_tps and one.decode_tps.median / own_decode == pytest.approx(1, abs=0.2)
+
+
+def test_one_server_against_itself_has_pairs_of_equal_prompts_and_no_cache_hit(served: str) -> None:
+    task = EndpointTask(served, concurrency=(2,), prompt=128, generate=8, repetitions=2)
+    found = measure_pair(PairTask(task, served), PairWatch())
+    (level,) = found.levels
+    assert (found.status, level.status, len(level.pairs)) == ("ok", "ok", 2)
+    for done in level.rounds:
+        seen = [one for side in done.sides for one in side]
+        assert all(one.prompt_tokens and abs(one.prompt_tokens - 128) <= 3 for one in seen)
+        assert {one.cached_tokens for one in seen} == {0}
+    assert set(level.comparisons) == {"ttft", "gap", "per_token", "output_tps"}
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_the_servers_words(served: str) -> None:
