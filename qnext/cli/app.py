@@ -19,6 +19,7 @@ COMMANDS = {
     "pull": "Fetch a model from the Hugging Face Hub, resumable and verified.",
     "doctor": "Tell what limits this machine, and what each fault costs.",
     "profile": "Look at hardware profiles, and keep one of this machine.",
+    "serve": "Serve a model to OpenAI-compatible programs.",
     "bench": "Measure speeds, and look at what was measured.",
     "synth": "Write a model file of true shape with random weights.",
     "worker": "Lend this machine's memory to qnext on another one.",

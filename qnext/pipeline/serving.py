@@ -1,8 +1,8 @@
 """The trip of `qnext serve`: a planned model that answers many at once, and that starts again when it dies.
 
-One thread does all that blocks: it plans, loads, waits for the engine's death, waits a little longer each time,
-and loads again with the next safer layout where that may be at fault. Jobs come from the event loop and never
-wait for that thread: while there is no engine they are told so at once.
+One thread does all that blocks: it plans, loads, waits for the engine's death, waits a little longer each
+time, and loads again with the next safer layout where that may be at fault. Jobs come from the event loop and
+never wait for that thread: while there is no engine they are told so at once.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ from qnext.pipeline.request import Request
 from qnext.pipeline.running import Planner, RunningModel
 from qnext.pipeline.serve_values import Begun, Ended, Job, Piece, Refused, ServedModel, Status, Unavailable
 from qnext.pipeline.serving_jobs import Jobs
+from qnext.pipeline.serving_restarts import GIVEN_UP, Restarts
 from qnext.pipeline.surroundings import Notice
 from qnext.plan.plan import Plan, plan_to_dict
 
 logger = logging.getLogger(__name__)
 
-MOST_CRASHES = 5
-CRASH_WINDOW_S = 300.0
-"""So many deaths in so short a time, and it is not tried again."""
-LONGEST_WAIT_S = 30.0
 _LOADING_RETRY_S = 5.0
 _CLOSE_LIMIT_S = 15.0
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -51,7 +48,7 @@ class Supervisor:
 
     `start` returns at once; `status` tells how far it is. Loading that fails for the first time is final:
     `error` then says why. Later deaths of the engine are answered with a restart, after 1, 2, 4 … 30 seconds,
-    until there are MOST_CRASHES within CRASH_WINDOW_S. `planner` as in RunningModel.
+    until there were too many (`Restarts`). `planner` as in RunningModel.
     """
 
     def __init__(
@@ -65,7 +62,7 @@ class Supervisor:
         self._status = Status("loading", 0.0, "planning")
         self._engine: ServingEngine | None = None
         self._served: ServedModel | None = None
-        self._deaths: list[float] = []
+        self._restarts = Restarts()
         self._load_s = _LOADING_RETRY_S
         self._thread = threading.Thread(target=self._live, name="supervisor", daemon=True)
         self.planned: PlannedModel | None = None
@@ -108,17 +105,21 @@ class Supervisor:
     async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
         """Token ids of `text`. Raises Unavailable."""
         engine = self._ready_engine()
-        reply = await self._jobs.ask(engine, "tokenize", text=text, special=special, add_bos=add_bos)
+        reply = await self._jobs.ask(
+            engine, lambda number: engine.tokenize(number, text, special=special, add_bos=add_bos)
+        )
         return cast("list[int]", reply["tokens"])
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`. Raises Unavailable."""
-        reply = await self._jobs.ask(self._ready_engine(), "detokenize", tokens=list(tokens))
+        engine = self._ready_engine()
+        reply = await self._jobs.ask(engine, lambda number: engine.detokenize(number, list(tokens)))
         return str(reply["text"])
 
     async def state(self) -> Mapping[str, Any]:
         """Slots, queue, prompt cache and totals as the engine tells them. Raises Unavailable."""
-        reply = await self._jobs.ask(self._ready_engine(), "state")
+        engine = self._ready_engine()
+        reply = await self._jobs.ask(engine, engine.ask_state)
         return {name: value for name, value in reply.items() if name not in ("event", "id", "mark")}
 
     def _ready_engine(self) -> ServingEngine:
@@ -128,6 +129,11 @@ class Supervisor:
         if status.state != "ok" or engine is None:
             raise Unavailable(status.why, None if status.state == "failed" else self._load_s)
         return engine
+
+    @property
+    def running(self) -> int:
+        """Jobs that have no end yet."""
+        return len(self._jobs)
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -170,13 +176,9 @@ class Supervisor:
         while (death := self._serve(model)) is not None:
             error: QnextError = death
             while True:
-                wait_s = self._count_death()
+                wait_s = self._restarts.after_death()
                 if wait_s is None:
-                    raise EngineError(
-                        f"{error.message}; given up after {MOST_CRASHES} crashes within "
-                        f"{CRASH_WINDOW_S / 60:.0f} minutes",
-                        hint=error.hint,
-                    ) from error
+                    raise EngineError(f"{error.message}; {GIVEN_UP}", hint=error.hint) from error
                 self._notice(f"{error.message}; starting it again in {wait_s:.0f} s")
                 self._status = Status("restarting", 0.0, f"{error.message}; the engine starts again")
                 if self._stopping.wait(wait_s):
@@ -213,14 +215,6 @@ class Supervisor:
             self._engine = self.engine_pid = None
             engine.stop()
         return death
-
-    def _count_death(self) -> float | None:
-        """How long to wait before the next try, seconds; None when there were too many."""
-        now = time.monotonic()
-        self._deaths = [*(when for when in self._deaths if now - when < CRASH_WINDOW_S), now]
-        if len(self._deaths) >= MOST_CRASHES:
-            return None
-        return float(min(LONGEST_WAIT_S, 2 ** (len(self._deaths) - 1)))
 
     def _on_progress(self, share: float) -> None:
         if self._stopping.is_set():

@@ -1,4 +1,4 @@
-"""The jobs of a server between the event loop, where they are asked for, and the engine's thread, which answers.
+"""The jobs of a server, between the event loop that asks and the engine's thread that answers.
 
 A decode step of all sequences comes as one message and crosses over with one `call_soon_threadsafe`; in the
 loop it is dealt out to a queue per job. Everything but `deliver` belongs to the loop's thread.
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -62,8 +62,9 @@ class Jobs:
         """Give a job to the engine."""
         self._loop = asyncio.get_running_loop()
         running = Running(next(self._numbers), job, engine)
+        with _engine_here():
+            engine.submit(_submission(running.number, job))
         self._running[running.number] = running
-        engine.submit(_submission(running.number, job))
         return running
 
     def drop(self, running: Running) -> None:
@@ -71,14 +72,18 @@ class Jobs:
         if self._running.pop(running.number, None) is not None:
             running.engine.drop(running.number)
 
-    async def ask(self, engine: ServingEngine, op: str, **arguments: object) -> Message:
-        """One question to the engine and its answer. Raises Unavailable when the engine ends meanwhile."""
+    async def ask(self, engine: ServingEngine, question: Callable[[int], None]) -> Message:
+        """Put a question to the engine under a number of its own, and wait for the answer.
+
+        Raises Refused, and Unavailable when the engine ends meanwhile.
+        """
         self._loop = asyncio.get_running_loop()
         number = next(self._numbers)
         reply: asyncio.Future[Message] = self._loop.create_future()
         self._questions[number] = _Question(engine, reply)
         try:
-            engine.submit({"op": op, "id": number, **arguments})
+            with _engine_here():
+                question(number)
             return await reply
         finally:
             self._questions.pop(number, None)
@@ -122,9 +127,7 @@ class Jobs:
     def _deal(self, message: Message) -> None:
         event = message["event"]
         if event == "step":
-            for number, text, token, logprob, top in cast(
-                "list[tuple[int, str, int, Any, Any]]", message["out"]
-            ):
+            for number, text, token, logprob, top, *_ in cast("list[list[Any]]", message["out"]):
                 running = self._running.get(number)
                 if running is not None:
                     running.answers.put_nowait(Piece(text, token, logprob, _top(top)))
@@ -134,6 +137,10 @@ class Jobs:
             question = self._questions.get(number)
             if question is not None and not question.reply.done():
                 question.reply.set_result(message)
+            return
+        if event == "refused" and (question := self._questions.get(number)) is not None:
+            if not question.reply.done():
+                question.reply.set_exception(_refused(message))
             return
         running = self._running.get(number)
         if running is None:
@@ -152,9 +159,17 @@ class Jobs:
             logger.info("%s", _said(number, end))
 
 
+@contextlib.contextmanager
+def _engine_here() -> Iterator[None]:
+    """An engine that has died a moment ago, before anybody could say so, is none."""
+    try:
+        yield
+    except EngineError as error:
+        raise Unavailable(f"{error.message}; it starts again", 1.0) from error
+
+
 def _submission(number: int, job: Job) -> Message:
     return {
-        "op": "submit",
         "id": number,
         "text": job.text,
         "tokens": None if job.tokens is None else list(job.tokens),
@@ -165,7 +180,7 @@ def _submission(number: int, job: Job) -> Message:
         "logprobs": job.logprobs,
         "grammar": job.grammar,
         "deadline_s": job.deadline_s,
-        "boundaries": list(job.boundaries),
+        "boundaries": list(job.boundaries) or None,  # None: the engine looks for messages itself
         "cache": job.cache,
     }
 

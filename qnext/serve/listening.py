@@ -1,7 +1,8 @@
 """The port and the HTTP server on it; this module owns uvicorn.
 
-The socket is bound before anything is loaded, so that a port in use costs nobody a minute, and so that whatever
-answers on it afterwards is this process. Signals are ours, not uvicorn's: it would end the process by them.
+The socket is bound before anything is loaded, so that a port in use costs nobody a minute, and so that
+whatever answers on it afterwards is this process. Signals are ours, not uvicorn's: it would end the process
+by them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KEEP_ALIVE_S = 75
 """Clients keep connections and use them again without a look; most give them up after 60 s."""
 _ASK_LIMIT_S = 1.0
 _END_MARGIN_S = 5
+_BACKLOG = 1024
 
 
 def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
@@ -100,9 +102,17 @@ def who_answers(host: str, port: int) -> str | None:
 
 
 class HttpServer:
-    """`app` on a bound socket. `run` serves until a signal or `stop`."""
+    """`app` on a bound socket, which listens from here on. `run` serves until a signal or `stop`.
+
+    Raises UsageError when another program has taken the port meanwhile.
+    """
 
     def __init__(self, app: FastAPI, bound: socket.socket, grace_s: float) -> None:
+        try:
+            bound.listen(_BACKLOG)
+        except OSError as error:  # somebody else was faster, after both had bound it
+            host, port = bound.getsockname()[:2]
+            raise _refusal(host, port, error) from error
         self._bound, self._grace_s = bound, grace_s
         self._stop = asyncio.Event()
         self._server = _Server(
