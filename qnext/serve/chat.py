@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +11,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qnext.pipeline.serve_values import Ended, Job, Piece, ServedModel
+from qnext.models.answer import Answer, AnswerEvent, AnswerParser, Thought, gather_answer
+from qnext.models.tool_calls import CallArguments, CallBegun, Said, Warned
+from qnext.pipeline.serve_values import Ended, Piece, ServedModel
 from qnext.serve.body import StrictRoute
 from qnext.serve.chunks import Chunks, finish_reason, timings, usage
-from qnext.serve.conversation import Conversation, read_messages, render_prompt
+from qnext.serve.conversation import Conversation, make_prompt, read_messages
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
-from qnext.serve.jobs import read_limit, read_sampling, read_stops
+from qnext.serve.jobs import make_job, read_limit
 from qnext.serve.logprobs import TokenTexts, chat_logprob
 from qnext.serve.openapi import answers
-from qnext.serve.reading import AnswerReader, CallArguments, CallBegun, Part, Said, Thought
 from qnext.serve.schemas import ChatRequest
 from qnext.serve.stream import DONE, EventStream, error_event, while_connected
 
@@ -45,25 +46,11 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
 class _Choice:
     """One answer while it comes: what reads it, and what is not told yet."""
 
-    reader: AnswerReader
+    parser: AnswerParser
     called: bool = False
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    thought: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
-
-    def keep(self, parts: Iterable[Part]) -> None:
-        """Add parts to what is kept for an answer that is told whole."""
-        for part in parts:
-            if isinstance(part, Said):
-                self.said.append(part.text)
-            elif isinstance(part, Thought):
-                self.thought.append(part.text)
-            elif isinstance(part, CallBegun):
-                function = {"name": part.name, "arguments": ""}
-                self.calls.append({"id": part.id, "type": "function", "function": function})
-            elif isinstance(part, CallArguments):
-                self.calls[part.index]["function"]["arguments"] += part.text
+    parts: list[AnswerEvent] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class _Chat:
@@ -73,29 +60,15 @@ class _Chat:
         self.server, self.asked, self.texts = server, asked, texts
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
-        tools = [] if asked.tool_choice == "none" else list(asked.tools or ())
-        described = [tool.model_dump(exclude_none=True) for tool in tools]
-        variables = dict(asked.chat_template_kwargs or {})
-        if asked.enable_thinking is not None:
-            variables["enable_thinking"] = asked.enable_thinking
-        prompt = render_prompt(model, Conversation(read_messages(asked.messages), described, variables))
+        prompt = make_prompt(model, _read_conversation(asked))
         n = asked.n or 1
-        self.choices = [_Choice(AnswerReader(prompt, described)) for _ in range(n)]
+        self.choices = [_Choice(prompt.parser()) for _ in range(n)]
         limit = read_limit(
             ("max_completion_tokens", asked.max_completion_tokens), ("max_tokens", asked.max_tokens)
         )
+        logprobs = max(asked.top_logprobs or 0, 1) if asked.logprobs else None
         self.jobs = [
-            Job(
-                text=prompt,
-                max_tokens=limit,
-                sampling=read_sampling(asked, model, choice),
-                stop=read_stops(asked),
-                ignore_eos=bool(asked.ignore_eos),
-                logprobs=max(asked.top_logprobs or 0, 1) if asked.logprobs else None,
-                grammar=asked.grammar,
-                deadline_s=server.settings.deadline_s,
-                cache=asked.cache_prompt is not False,
-            )
+            make_job(server, model, asked, choice, text=prompt.text, limit=limit, logprobs=logprobs)
             for choice in range(n)
         ]
         self.tell_usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -115,16 +88,21 @@ class _Chat:
                 if type(happened) is Piece:
                     if self.asked.logprobs:
                         await self._add_logprob(choice, happened)
-                    for part in choice.reader.feed(happened.text):
-                        yield self._tell(index, choice, part)
+                    for part in choice.parser.feed(happened.text):
+                        if (delta := _delta(part, choice)) is not None:
+                            yield choice_chunk(index, delta, self._take_logprobs(choice))
                 elif isinstance(happened, Ended):
-                    for part in choice.reader.finish():
-                        yield self._tell(index, choice, part)
+                    for part in choice.parser.finish():
+                        if (delta := _delta(part, choice)) is not None:
+                            yield choice_chunk(index, delta, self._take_logprobs(choice))
                     ends.append(happened)
                     reason = finish_reason(happened, called=choice.called)
                     last = choice_chunk(index, '"delta": {}', self._take_logprobs(choice), reason)
-                    alone = len(self.jobs) == 1 and not self.tell_usage
-                    yield self.chunks.with_timings(last, timings(happened)) if alone else last
+                    if len(self.jobs) == 1 and not self.tell_usage:
+                        last = self.chunks.with_member(last, "timings", timings(happened))
+                    if choice.warnings:
+                        last = self.chunks.with_member(last, "warnings", choice.warnings)
+                    yield last
         if self.tell_usage:
             extra: dict[str, Any] = {"usage": usage(ends)}
             if len(ends) == 1:
@@ -141,37 +119,28 @@ class _Chat:
                 if type(happened) is Piece:
                     if self.asked.logprobs:
                         await self._add_logprob(choice, happened)
-                    choice.keep(choice.reader.feed(happened.text))
+                    choice.parts.extend(choice.parser.feed(happened.text))
                 elif isinstance(happened, Ended):
-                    choice.keep(choice.reader.finish())
+                    choice.parts.extend(choice.parser.finish())
                     ends[index] = happened
-        told = [
-            {
-                "index": index,
-                "message": _message(choice),
-                "logprobs": {"content": choice.logprobs, "refusal": None} if self.asked.logprobs else None,
-                "finish_reason": finish_reason(ends[index], called=bool(choice.calls)),
-            }
-            for index, choice in enumerate(self.choices)
-        ]
+        told = []
+        warnings: list[str] = []
+        for index, choice in enumerate(self.choices):
+            answer = gather_answer(choice.parts)
+            warnings.extend(answer.warnings)
+            told.append(
+                {
+                    "index": index,
+                    "message": _message(answer),
+                    "logprobs": {"content": choice.logprobs, "refusal": None}
+                    if self.asked.logprobs
+                    else None,
+                    "finish_reason": finish_reason(ends[index], called=bool(answer.calls)),
+                }
+            )
         order = [ends[index] for index in range(len(self.jobs))]
-        return Response(self.chunks.whole(told, order), media_type="application/json")
-
-    def _tell(self, index: int, choice: _Choice, part: Part) -> bytes:
-        """The chunk of one part of the answer."""
-        if isinstance(part, Said):
-            delta = f'"delta": {{"content": {json.dumps(part.text)}}}'
-        elif isinstance(part, Thought):
-            delta = f'"delta": {{"reasoning_content": {json.dumps(part.text)}}}'
-        elif isinstance(part, CallBegun):
-            choice.called = True
-            function = {"name": part.name, "arguments": ""}
-            call = {"index": part.index, "id": part.id, "type": "function", "function": function}
-            delta = f'"delta": {{"tool_calls": [{json.dumps(call)}]}}'
-        else:
-            call = {"index": part.index, "function": {"arguments": part.text}}
-            delta = f'"delta": {{"tool_calls": [{json.dumps(call)}]}}'
-        return self.chunks.choice(index, delta, self._take_logprobs(choice))
+        extra = {"warnings": warnings} if warnings else {}
+        return Response(self.chunks.whole(told, order, usage(order), extra), media_type="application/json")
 
     def _take_logprobs(self, choice: _Choice) -> str:
         """What is not told yet of the tokens' probabilities, as JSON."""
@@ -186,11 +155,48 @@ class _Chat:
             choice.logprobs.append(chat_logprob(piece, data, self.asked.top_logprobs or 0))
 
 
-def _message(choice: _Choice) -> dict[str, Any]:
-    said = "".join(choice.said)
-    message: dict[str, Any] = {"role": "assistant", "content": None if choice.calls and not said else said}
-    if choice.thought:
-        message["reasoning_content"] = "".join(choice.thought)
-    if choice.calls:
-        message["tool_calls"] = choice.calls
+def _read_conversation(asked: ChatRequest) -> Conversation:
+    thinking = asked.enable_thinking
+    if thinking is None and asked.reasoning_effort is not None:
+        thinking = asked.reasoning_effort not in ("none", "minimal")
+    choice = asked.tool_choice or "auto"
+    return Conversation(
+        messages=read_messages(asked.messages),
+        tools=[tool.model_dump(exclude_none=True) for tool in asked.tools or ()],
+        choice=choice if isinstance(choice, str) else "required",
+        named=None if isinstance(choice, str) else choice.function.name,
+        thinking=thinking,
+        variables=asked.chat_template_kwargs or {},
+    )
+
+
+def _delta(part: AnswerEvent, choice: _Choice) -> str | None:
+    """The `delta` of one part of the answer as JSON, None for what has none."""
+    if isinstance(part, Said):
+        return f'"delta": {{"content": {json.dumps(part.text)}}}'
+    if isinstance(part, Thought):
+        return f'"delta": {{"reasoning_content": {json.dumps(part.text)}}}'
+    if isinstance(part, CallArguments):
+        call: dict[str, Any] = {"index": part.index, "function": {"arguments": part.text}}
+        return f'"delta": {{"tool_calls": [{json.dumps(call)}]}}'
+    if isinstance(part, CallBegun):
+        choice.called = True
+        function = {"name": part.name, "arguments": ""}
+        call = {"index": part.index, "id": part.id, "type": "function", "function": function}
+        return f'"delta": {{"tool_calls": [{json.dumps(call)}]}}'
+    if isinstance(part, Warned):
+        choice.warnings.append(part.message)
+    return None
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    content = None if answer.calls and not answer.content else answer.content
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
     return message

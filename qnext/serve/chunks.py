@@ -83,13 +83,19 @@ class Chunks:
         """A chunk without choices: `usage`, `timings`."""
         return self._chunk_head + b"], " + json.dumps(extra)[1:].encode() + b"\n\n"
 
-    def with_timings(self, chunk: bytes, told: dict[str, Any]) -> bytes:
-        """The same chunk with `timings` in it."""
-        return chunk[:-3] + b', "timings": ' + json.dumps(told).encode() + b"}\n\n"
+    def with_member(self, chunk: bytes, name: str, value: Any) -> bytes:
+        """The same chunk with one more member."""
+        return chunk[:-3] + f', "{name}": {json.dumps(value)}}}\n\n'.encode()
 
-    def whole(self, choices: list[dict[str, Any]], ends: Sequence[Ended]) -> bytes:
+    def whole(
+        self,
+        choices: list[dict[str, Any]],
+        ends: Sequence[Ended],
+        counts: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> bytes:
         """The answer to a request that does not stream."""
-        answer: dict[str, Any] = self.head | {"choices": choices, "usage": usage(ends)}
+        answer: dict[str, Any] = self.head | {"choices": choices, "usage": counts} | extra
         if len(ends) == 1:
             answer["timings"] = timings(ends[0])
         return json.dumps(answer).encode()

@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qnext.pipeline.serve_values import Begun, Ended, Job, Piece, ServedModel
+from qnext.pipeline.serve_values import Begun, Ended, Piece, ServedModel
 from qnext.serve.body import StrictRoute
 from qnext.serve.chunks import Chunks, finish_reason, timings, usage
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
-from qnext.serve.jobs import read_limit, read_sampling, read_stops
+from qnext.serve.jobs import make_job, read_limit
 from qnext.serve.logprobs import CompletionLogprobs, TokenTexts
 from qnext.serve.openapi import answers
 from qnext.serve.schemas import MOST_CHOICES, CompletionRequest
@@ -65,17 +65,15 @@ class _Completion:
         self.logprobs = asked.logprobs
         limit = read_limit(("max_tokens", asked.max_tokens), ("n_predict", asked.n_predict))
         self.jobs = [
-            Job(
+            make_job(
+                server,
+                model,
+                asked,
+                choice,
                 text=prompt if isinstance(prompt, str) else None,
-                tokens=None if isinstance(prompt, str) else tuple(prompt),
-                max_tokens=limit,
-                sampling=read_sampling(asked, model, choice),
-                stop=read_stops(asked),
-                ignore_eos=bool(asked.ignore_eos),
+                tokens=None if isinstance(prompt, str) else prompt,
+                limit=limit,
                 logprobs=None if asked.logprobs is None else max(asked.logprobs, 1),
-                grammar=asked.grammar,
-                deadline_s=server.settings.deadline_s,
-                cache=asked.cache_prompt is not False,
             )
             for prompt in self.prompts
             for choice in range(self.n)
@@ -102,7 +100,7 @@ class _Completion:
                     told = json.dumps(probabilities[index].take())
                     last = self.chunks.choice(index, '"text": ""', told, finish_reason(happened))
                     if len(self.jobs) == 1:
-                        last = self.chunks.with_timings(last, timings(happened))
+                        last = self.chunks.with_member(last, "timings", timings(happened))
                     yield last
         if self.tell_usage:
             yield self.chunks.last({"usage": self._usage(ends)})
@@ -133,10 +131,8 @@ class _Completion:
                 }
             )
         order = [ends[index] for index in range(len(self.jobs))]
-        answer = self.chunks.head | {"choices": choices, "usage": self._usage(order)}
-        if len(order) == 1:
-            answer["timings"] = timings(order[0])
-        return Response(json.dumps(answer), media_type="application/json")
+        whole = self.chunks.whole(choices, order, self._usage(order), {})
+        return Response(whole, media_type="application/json")
 
     def _say(self, index: int, text: str, probabilities: CompletionLogprobs) -> bytes:
         told = "null" if self.logprobs is None else json.dumps(probabilities.take())

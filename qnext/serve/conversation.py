@@ -2,26 +2,74 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qnext.errors import ModelError
+from qnext.models.answer import AnswerParser
+from qnext.models.tool_calls import ToolFormat, tool_format
 from qnext.pipeline.serve_values import ServedModel
 from qnext.serve.errors import ApiError
 from qnext.serve.schemas import ChatMessage, ContentPart
 
-_ROLES = {"developer": "system", "function": "tool"}
+_RESERVED = ("messages", "tools", "bos_token", "eos_token")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """`messages` and `tools` in the template's own form (OpenAI's, arguments of calls as objects)."""
+    """`messages` and `tools` in OpenAI's form. `choice`: auto, none, required, or `named` a function's name.
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    variables: dict[str, Any] = field(default_factory=dict)
+    `thinking` None leaves it to the template; `variables` are the template's own.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    choice: str = "auto"
+    named: str | None = None
+    thinking: bool | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The text that the model continues, and what it takes to read its answer."""
+
+    text: str
+    tools: Sequence[Mapping[str, Any]]
+    style: ToolFormat | None
+
+    def parser(self) -> AnswerParser:
+        """A reader for one answer."""
+        return AnswerParser(self.text[-256:], tools=self.tools, style=self.style)
+
+
+def make_prompt(model: ServedModel, asked: Conversation) -> Prompt:
+    """The prompt of a conversation. Raises ApiError: without a template there is no chat, a template may take
+    no tools, and some refuse an order of messages.
+    """
+    if model.template is None:
+        raise ApiError(
+            400, "the model's file has no chat template: use /v1/completions", code="no_chat_template"
+        )
+    tools = _chosen_tools(asked)
+    try:
+        style = tool_format(model.template.source) if tools else None
+        if tools and (style is None or not model.template.takes_tools):
+            raise ApiError(
+                400, "tools: the model's chat template takes none", param="tools", code="unsupported_tools"
+            )
+        variables = {name: value for name, value in asked.variables.items() if name not in _RESERVED}
+        thinking = variables.pop("enable_thinking", asked.thinking)
+        text = model.template.render(
+            asked.messages,
+            tools=tools,
+            enable_thinking=thinking if isinstance(thinking, bool) else None,
+            **variables,
+        )
+    except ModelError as error:
+        raise ApiError(400, error.message, param="messages", code="invalid_value") from error
+    return Prompt(text, tools, style)
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -29,24 +77,7 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return [_read_message(message, index) for index, message in enumerate(messages)]
 
 
-def render_prompt(model: ServedModel, conversation: Conversation) -> str:
-    """The prompt's text. Raises ApiError: without a template there is no chat, and templates refuse some
-    orders.
-    """
-    if model.template is None:
-        raise ApiError(
-            400, "the model's file has no chat template: use /v1/completions", code="no_chat_template"
-        )
-    variables = dict(conversation.variables)
-    if conversation.tools:
-        variables["tools"] = conversation.tools
-    try:
-        return model.template.render(list(conversation.messages), **variables)
-    except ModelError as error:
-        raise ApiError(400, error.message, param="messages", code="invalid_value") from error
-
-
-def join_parts(content: str | list[ContentPart] | None, place: str) -> str:
+def join_parts(content: str | Sequence[ContentPart] | None, place: str) -> str:
     """The text of a message's content. Raises ApiError for images, audio and the like."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -64,41 +95,26 @@ def join_parts(content: str | list[ContentPart] | None, place: str) -> str:
     return "\n".join(texts)
 
 
-def read_arguments(text: str) -> Any:
-    """Arguments of a call as an object where they are one: templates go through them by name."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
-
-
 def _read_message(message: ChatMessage, index: int) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "role": _ROLES.get(message.role, message.role),
-        "content": join_parts(message.content, f"messages[{index}].content"),
-    }
-    if message.role == "assistant":
-        if message.reasoning_content:
-            found["reasoning_content"] = message.reasoning_content
-        if message.tool_calls:
-            found["tool_calls"] = [
-                {
-                    "id": call.id or "",
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": read_arguments(call.function.arguments),
-                    },
-                }
-                for call in message.tool_calls
-            ]
-    elif message.content is None:
-        raise ApiError(
-            400, f"messages[{index}].content: a text is required", param=f"messages[{index}].content"
-        )
-    if message.name is not None:
-        found["name"] = message.name
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
+    place = f"messages[{index}].content"
+    if message.content is None and message.role != "assistant":
+        raise ApiError(400, f"{place}: a text is required", param=place, code="invalid_value")
+    found = message.model_dump(exclude_none=True, exclude={"content"})
+    found["content"] = join_parts(message.content, place)
+    if message.role == "function":
+        found["role"] = "tool"
+    return found
+
+
+def _chosen_tools(asked: Conversation) -> list[Mapping[str, Any]]:
+    """The tools that the model is shown. Raises ApiError for a choice that is not among them."""
+    if asked.choice == "none":
+        return []
+    if asked.choice == "required" and not asked.tools:
+        raise ApiError(400, "tool_choice: there are no tools to call", param="tool_choice")
+    if asked.named is None:
+        return list(asked.tools)
+    found = [tool for tool in asked.tools if tool["function"]["name"] == asked.named]
+    if not found:
+        raise ApiError(400, "tool_choice: there is no tool of that name", param="tool_choice")
     return found

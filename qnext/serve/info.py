@@ -14,6 +14,8 @@ from qnext.serve.generating import Server
 from qnext.serve.openapi import answers
 from qnext.serve.schemas import DetokenizeRequest, TokenizeRequest
 
+INSTANCE_HEADER = "X-Qnext-Instance"
+
 
 def make_routes(server: Server) -> APIRouter:
     """The routes that generate nothing."""
@@ -136,9 +138,11 @@ def _health(server: Server) -> Response:
         told["progress"] = round(status.progress, 4)
     if status.why:
         told["why"] = status.why
+    headers = {INSTANCE_HEADER: server.settings.instance} if server.settings.instance else {}
     if status.state == "ok":
-        return JSONResponse(told)
-    headers = {} if status.state == "failed" else {"Retry-After": "1"}
+        return JSONResponse(told, headers=headers)
+    if status.state != "failed":
+        headers["Retry-After"] = "1"
     # llama-server's form beside our own: clients look for `error.message`.
     message = status.why or ("Loading model" if status.state == "loading" else status.state)
     told["error"] = {"message": message, "type": "unavailable_error", "param": None, "code": status.state}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from qnext.pipeline.serve_values import ServedModel
+from qnext.pipeline.serve_values import Job, ServedModel
 from qnext.serve.errors import ApiError
+from qnext.serve.generating import Server
 from qnext.serve.schemas import SamplingFields
 
 _SEEDS = 2**32
@@ -19,6 +21,33 @@ _PLAIN = (
     "repeat_penalty",
     "repeat_last_n",
 )
+
+
+def make_job(
+    server: Server,
+    model: ServedModel,
+    asked: SamplingFields,
+    choice: int = 0,
+    *,
+    text: str | None = None,
+    tokens: Sequence[int] | None = None,
+    limit: int | None = None,
+    logprobs: int | None = None,
+    grammar: str | None = None,
+) -> Job:
+    """The job of one choice, of `text` or of `tokens`. Raises ApiError."""
+    return Job(
+        text=text,
+        tokens=None if tokens is None else tuple(tokens),
+        max_tokens=limit,
+        sampling=read_sampling(asked, model, choice),
+        stop=read_stops(asked),
+        ignore_eos=bool(asked.ignore_eos),
+        logprobs=logprobs,
+        grammar=grammar if grammar is not None else asked.grammar,
+        deadline_s=server.settings.deadline_s,
+        cache=asked.cache_prompt is not False,
+    )
 
 
 def read_sampling(asked: SamplingFields, model: ServedModel, choice: int) -> dict[str, Any]:

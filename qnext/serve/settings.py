@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 class ServeSettings:
     """`queue_limit` counts answers that wait beside those in the slots. `deadline_s` is for one answer,
     waiting included; None for no end. No `api_keys`: everybody who reaches the port may ask.
+    `instance` is told in a header of `/health`, so that one server can be told from another.
     """
 
     host: str = "127.0.0.1"
@@ -18,3 +19,4 @@ class ServeSettings:
     body_limit_bytes: int = 16 * 1024 * 1024
     deadline_s: float | None = None
     cors_origins: tuple[str, ...] = ()
+    instance: str = ""
