@@ -154,7 +154,7 @@ def plan(
         _print_document(planned, fit, form, why)
     else:
         require_fit(planned.plan)
-        _print_export(planned, form)
+        _print_export(planned, form, request)
     require_fit(planned.plan)
 
 
@@ -234,21 +234,28 @@ def _print_document(planned: PlannedModel, fit: FitComparison | None, form: str,
     _print_bytes(yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=110))
 
 
-def _print_export(planned: PlannedModel, form: str) -> None:
+def _print_export(planned: PlannedModel, form: str, request: Request) -> None:
+    from qnext.pipeline.serving_wishes import serve_arguments
     from qnext.plan.export import TEXT_FORMATS, export_plan
 
     to = next(one for one in TEXT_FORMATS if one == form)
-    server = shutil.which("llama-server")
-    exported = export_plan(
-        planned.plan,
-        to,
-        model=_whole_path(planned.model.path),
-        server=_whole_path(server) if server else "llama-server",
-    )
+    model = _whole_path(planned.model.path)
+    program, *words = _own_program()
+    serve = [_whole_path(program), *words, *serve_arguments(request, model)]
+    exported = export_plan(planned.plan, to, model=model, serve=serve)
     _print_bytes(exported.text)
     if not exported.commented:
         for text in exported.notes:
             note(text)
+
+
+def _own_program() -> list[str]:
+    """The words that start this qnext."""
+    started = Path(sys.argv[0])
+    if started.name != "__main__.py" and os.access(started, os.X_OK):
+        return [str(started)]
+    installed = shutil.which("qnext")
+    return [installed] if installed else [sys.executable, "-P", "-m", "qnext"]
 
 
 def _whole_path(path: str) -> str:

@@ -48,23 +48,24 @@ class Export:
     commented: bool
 
 
-def export_plan(plan: Plan, to: TextFormat, *, model: str, server: str = "llama-server") -> Export:
+def export_plan(plan: Plan, to: TextFormat, *, model: str, serve: Sequence[str] = ()) -> Export:
     """The plan for one program.
 
     `model` is the absolute path of the model file, because most of these programs run elsewhere than here;
-    `server` is the llama-server that a unit file names. Raises UsageError for a path that cannot be written
-    on one line, and for a plan that the program has no way to run.
+    `serve` is the command that a unit file starts: the program, `serve`, and the wishes that the plan was
+    made of. Raises UsageError for a path that cannot be written on one line, and for a plan that the program
+    has no way to run.
     """
     argv = list(plan.argv)
     argv[argv.index("-m") + 1] = model
-    for word in (*argv, server):
+    for word in (*argv, *serve):
         _require_plain(word)
     unsaid = server_warnings(plan.placement)
     makers: dict[TextFormat, Callable[[], Export]] = {
         "argv": lambda: Export("".join(f"{word}\n" for word in argv), unsaid, False),
         "llama-server": lambda: _shell(argv, unsaid),
         "llama-swap": lambda: _llama_swap(plan, argv),
-        "systemd": lambda: _systemd(plan, argv, server),
+        "systemd": lambda: _systemd(plan, serve or ("qnext", "serve", model)),
         "docker": lambda: _docker(plan, argv),
         "ollama-env": lambda: _commented(*ollama_env(plan, model)),
         "lmstudio-notes": lambda: _commented(*lmstudio_notes(plan)),
@@ -136,21 +137,25 @@ def _yaml_escape(character: str) -> str:
     return character if plain else f"\\U{ord(character):08x}"
 
 
-def _systemd(plan: Plan, argv: Sequence[str], server: str) -> Export:
-    """A unit that starts llama-server; the same text serves as a user's unit and as the system's."""
-    placement = plan.placement
-    lines = flag_lines([systemd_word(server, program=True), *map(systemd_word, argv[1:])])
+def _systemd(plan: Plan, serve: Sequence[str]) -> Export:
+    """A unit that starts `qnext serve`; the same text serves as a user's unit and as the system's.
+
+    The server plans again when it starts, from the same wishes, so that it fits the machine as it is then.
+    `KillMode=mixed`: the signal to stop goes to it alone, which then lets the engine finish its answers.
+    """
+    lines = flag_lines([systemd_word(serve[0], program=True), *map(systemd_word, serve[1:])])
     host = next(device for device in plan.devices if device.name == HOST)
     description = (plan.shape.name or plan.model_ref).replace("%", "%%")
-    locks = "mlock" in placement.load_mode
+    locks = "mlock" in plan.placement.load_mode
     body = [
         "[Unit]",
-        f"Description=llama-server: {''.join(one for one in description if one.isprintable())}",
+        f"Description=qnext serve: {''.join(one for one in description if one.isprintable())}",
         "After=network.target",
         "",
         "[Service]",
         "Type=exec",
         "ExecStart=" + " \\\n  ".join(lines),
+        "KillMode=mixed",
         "Restart=on-failure",
         "RestartSec=10",
         *(["LimitMEMLOCK=infinity"] if locks else []),
@@ -159,12 +164,12 @@ def _systemd(plan: Plan, argv: Sequence[str], server: str) -> Export:
         "WantedBy=default.target",
     ]
     notes = [
-        "save as ~/.config/systemd/user/llama-server.service, then: "
-        "systemctl --user enable --now llama-server",
-        "ExecStart= needs the path of llama-server where it is in neither /usr/local/bin nor /usr/bin",
+        "save as ~/.config/systemd/user/qnext.service, then: systemctl --user enable --now qnext",
+        "it plans anew at each start, with what is asked for here; --host and --port may be added",
+        "a key for callers stands in a file that only you can read, with a line QNEXT_API_KEY=…, named here: "
+        "EnvironmentFile=%h/.config/qnext/key",
         f"MemoryMax= is not set: the plan holds {format_bytes(host.total_bytes)} of RAM, and a limit that is "
         "reached ends the server",
-        *server_warnings(placement),
     ]
     if locks:
         notes.append(

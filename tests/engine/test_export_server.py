@@ -35,7 +35,6 @@ from qnext.plan.plan import Plan, make_plan
 from qnext.plan.traits import device_traits, host_traits
 from qnext.plan.values import HOST, Budget
 from qnext.units import GIB, MIB
-from tests.unit.test_export import read_systemd
 
 pytestmark = pytest.mark.engine
 
@@ -102,22 +101,17 @@ CASES = {"tail experts on the CPU": (20 * MIB,), "two devices": (14 * MIB, 12 * 
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("to", ["llama-server", "systemd"])
 def test_server_splits_the_model_as_planned(
-    case: str, to: str, server: str, mixture: ModelHeader, workers: tuple[str, str], tmp_path: Path
+    case: str, server: str, mixture: ModelHeader, workers: tuple[str, str], tmp_path: Path
 ) -> None:
     sizes = CASES[case]
     plan, problem = plan_on(mixture, workers[: len(sizes)], sizes)
     assert plan.fits and plan.placement.cpu_expert_layers
     port = free_port()
     extra = ["--host", "127.0.0.1", "--port", str(port), "--no-warmup", "--log-verbosity", "4"]
-    model = str(mixture.paths[0])
-    if to == "systemd":
-        argv = [*read_systemd(export_plan(plan, "systemd", model=model, server=server).text), *extra]
-    else:
-        line = export_plan(plan, "llama-server", model=model).text.rstrip("\n")
-        pasted = shlex.quote(server) + line.removeprefix("llama-server")
-        argv = ["sh", "-c", f"{pasted} {shlex.join(extra)}"]
+    line = export_plan(plan, "llama-server", model=str(mixture.paths[0])).text.rstrip("\n")
+    pasted = shlex.quote(server) + line.removeprefix("llama-server")
+    argv = ["sh", "-c", f"{pasted} {shlex.join(extra)}"]
     log = log_of(argv, port, tmp_path / "server.log")
     budgets = {one.name: one for one in problem.budgets if one.name in (HOST, *plan.placement.devices)}
     allocated = allocated_devices(read_buffer_sizes(log), budgets)
