@@ -2,103 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import queue
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qnext.engine.protocol import Message
-from qnext.engine.serving import ServingEngine
 from qnext.engine.session import EngineSession
 from qnext.errors import EngineError
 from qnext.models.synth import DEMO_SENTENCE
-from qnext.plan.values import Placement
+from tests.serving_client import CPU, QUESTION, SLOTS, Client, talk
 
 pytestmark = pytest.mark.engine
-
-SLOTS = 8
-CPU = Placement(
-    threads=1, threads_batch=1, context=2048 * SLOTS, parallel=SLOTS, outputs_max=SLOTS, ubatch=64
-)
-QUESTION = "<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n"
-GREEDY = {"temperature": 0}
-
-
-class Client:
-    """A serving engine and what it has said so far, by request."""
-
-    def __init__(self, engine: ServingEngine) -> None:
-        self.engine = engine
-        self.events: queue.Queue[Message | EngineError] = queue.Queue()
-        self.log: list[Message] = []
-        self._ids = itertools.count(1)
-
-    def submit(self, text: str | None = QUESTION, **options: object) -> int:
-        identity = next(self._ids)
-        sampling = options.pop("sampling", GREEDY)
-        self.engine.submit({"id": identity, "text": text, "sampling": sampling, **options})
-        return identity
-
-    def next(self, timeout: float = 60) -> Message:
-        event = self.events.get(timeout=timeout)
-        if isinstance(event, EngineError):
-            raise event
-        self.log.append(event)
-        return event
-
-    def until(self, kind: str, identity: int | None = None) -> Message:
-        """The first event of that kind (for that request), from those heard already or to come."""
-        for event in self.log:
-            if event["event"] == kind and identity in (None, event.get("id")):
-                return event
-        while True:
-            event = self.next()
-            if event["event"] == kind and identity in (None, event.get("id")):
-                return event
-
-    def steps(self, identity: int) -> list[list]:
-        return [
-            entry
-            for event in self.log
-            if event["event"] == "step"
-            for entry in event["out"]
-            if entry[0] == identity
-        ]
-
-    def finish(self, identity: int) -> tuple[str, Message]:
-        ended = self.until("ended", identity)
-        return "".join(entry[1] for entry in self.steps(identity)) + str(ended["text"]), ended
-
-    def ask(self, text: str | None = QUESTION, **options: object) -> tuple[str, Message]:
-        return self.finish(self.submit(text, **options))
-
-    def state(self) -> Message:
-        identity = next(self._ids)
-        self.engine.ask_state(identity)
-        return self.until("state", identity)
-
-
-@pytest.fixture(scope="module")
-def session(demo_model: Path) -> Iterator[EngineSession]:
-    with EngineSession() as session:
-        session.open(str(demo_model), CPU)
-        yield session
-
-
-@pytest.fixture
-def client(session: EngineSession) -> Iterator[Client]:
-    """A loop of its own for every test, so that no test finds another's prompts."""
-    engine = ServingEngine(session)
-    client = Client(engine)
-    engine.start(client.events.put, client.events.put, cache_bytes=64 << 20)
-    yield client
-    assert engine.stop()
 
 
 def test_greedy_text_is_the_same_alone_in_company_and_from_generate(
@@ -110,9 +27,7 @@ def test_greedy_text_is_the_same_alone_in_company_and_from_generate(
         if event["event"] == "token"
     )
     assert generated == DEMO_SENTENCE
-    engine = ServingEngine(session)
-    client = Client(engine)
-    engine.start(client.events.put, client.events.put)
+    client = Client(session)
     alone, ended = client.ask()
     assert alone == generated and ended["reason"] == "eos"
     many = [
@@ -121,7 +36,7 @@ def test_greedy_text_is_the_same_alone_in_company_and_from_generate(
     for identity in many:
         text, ended = client.finish(identity)
         assert text == generated and ended["reason"] == "eos"
-    assert engine.stop()
+    assert client.engine.stop()
     assert session.tokenize("a"), "the session is free again"
 
 
@@ -137,7 +52,7 @@ def test_every_token_of_a_step_comes_in_one_frame(client: Client) -> None:
     assert slots == set(range(SLOTS))
 
 
-def test_a_request_waits_for_a_free_slot_and_a_dropped_one_frees_its_own_within_a_step(
+def test_a_request_waits_for_a_slot_and_a_dropped_one_frees_its_own_within_a_step(
     client: Client,
 ) -> None:
     endless = [client.submit(ignore_eos=True) for _ in range(SLOTS)]
@@ -196,67 +111,6 @@ def test_a_short_prompt_is_not_held_up_by_a_long_one(client: Client) -> None:
     assert kinds == [short, long]
 
 
-# --- prompts that share their beginning -----------------------------------------------------------------
-
-
-def talk(*turns: str) -> str:
-    parts = []
-    for index, turn in enumerate(turns):
-        role = "assistant" if index % 2 else "user"
-        parts.append(f"<|im_start|>{role}\n{turn}<|im_end|>\n")
-    return "".join(parts) + "<|im_start|>assistant\n"
-
-
-LONG = "What can you do for me? " * 60
-
-
-def test_the_second_turn_evaluates_only_what_is_new(client: Client) -> None:
-    answer, first = client.ask(talk(LONG))
-    assert answer == DEMO_SENTENCE and first["cached_tokens"] == 0
-    answer, second = client.ask(talk(LONG, answer, "And what else?"))
-    assert answer == DEMO_SENTENCE
-    assert second["cached_tokens"] == first["prompt_tokens"] + first["generated"] - 1
-
-
-def test_a_turn_whose_last_answer_has_changed_goes_back_to_the_end_of_the_question(client: Client) -> None:
-    _, first = client.ask(talk(LONG))
-    answer, second = client.ask(talk(LONG, "Something else.", "And what else?"))
-    assert answer == DEMO_SENTENCE
-    opening = first["prompt_tokens"] - second["cached_tokens"]
-    assert 0 < opening < 8, "all but the words that open the answer"
-
-
-def test_a_conversation_comes_back_after_others_have_taken_its_slot(client: Client) -> None:
-    answer, first = client.ask(talk(LONG))
-    others = [client.submit(talk(f"Number {n}. " * 60), max_tokens=2) for n in range(2 * SLOTS)]
-    for other in others:
-        client.finish(other)
-    answer, second = client.ask(talk(LONG, answer, "And what else?"))
-    assert answer == DEMO_SENTENCE
-    assert second["cached_tokens"] == first["prompt_tokens"] + first["generated"] - 1
-    state = client.state()
-    assert 0 < state["cache"]["bytes"] <= state["cache"]["budget_bytes"]
-    assert state["cache"]["entries"] > SLOTS
-
-
-def test_copies_stay_within_their_budget(session: EngineSession) -> None:
-    engine = ServingEngine(session)
-    client = Client(engine)
-    budget = 3 << 20
-    engine.start(client.events.put, client.events.put, cache_bytes=budget)
-    for n in range(2 * SLOTS):
-        client.finish(client.submit(talk(f"Number {n}. " * 60), max_tokens=2))
-    cache = client.state()["cache"]
-    assert 0 < cache["bytes"] <= budget
-    assert engine.stop()
-
-
-def test_a_prompt_that_is_not_to_be_cached_is_evaluated_whole(client: Client) -> None:
-    client.ask(talk(LONG))
-    _, again = client.ask(talk(LONG), cache=False)
-    assert again["cached_tokens"] == 0
-
-
 # --- ends -----------------------------------------------------------------------------------------------
 
 
@@ -280,138 +134,17 @@ def test_a_deadline_ends_a_running_text_and_one_in_the_queue(client: Client) -> 
 
 
 def test_characters_are_never_split_between_tokens(client: Client) -> None:
-    tokens = client.engine
-    tokens.tokenize(1000, "naïve 日本 😀")
-    ids = client.until("tokens", 1000)["tokens"]
+    whole = "naïve 日本 😀"
+    ids = client.tokens(whole)
     client.engine.detokenize(1001, ids)
-    assert client.until("text", 1001)["text"] == "naïve 日本 😀"
-    byte_bias = {str(ids[-1]): 100.0}
-    text, _ = client.ask(max_tokens=3, ignore_eos=True, sampling={"temperature": 0, "logit_bias": byte_bias})
-    assert text == "�" * 3 or "\ufffd" in text
-
-
-# --- sampling -------------------------------------------------------------------------------------------
-
-WILD = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
-
-def test_a_seed_repeats_its_text_and_another_seed_says_something_else(client: Client) -> None:
-    def text(**sampling: object) -> str:
-        return client.ask(max_tokens=20, ignore_eos=True, sampling={**WILD, **sampling})[0]
-
-    assert text(seed=1) == text(seed=1) != text(seed=2)
-    assert text(seed=1, top_k=5, temperature=5.0) == text(seed=1, top_k=5, temperature=5.0)
-
-
-def test_a_bias_forbids_and_forces_tokens(client: Client) -> None:
-    client.engine.tokenize(1000, "Hello")
-    (hello,) = client.until("tokens", 1000)["tokens"]
-    text, _ = client.ask(max_tokens=1, sampling={"temperature": 0, "logit_bias": {str(hello): -100}})
-    assert text != "Hello"
-    text, _ = client.ask(max_tokens=4, sampling={"temperature": 0, "logit_bias": {str(hello): 100}})
-    assert text == "Hello" * 4
-
-
-def test_penalties_count_what_was_said_and_the_prompt(client: Client) -> None:
-    sampling = {"temperature": 0, "presence_penalty": 100.0}
-    client.submit()
-    said = [
-        entry[2] for entry in client.steps(client.submit(max_tokens=40, ignore_eos=True, sampling=sampling))
-    ]
-    identity = client.submit(max_tokens=40, ignore_eos=True, sampling=sampling)
-    client.finish(identity)
-    said = [entry[2] for entry in client.steps(identity)]
-    assert len(set(said)) == len(said) == 40
-    plain, _ = client.ask(talk("Hello"), max_tokens=1)
-    other, _ = client.ask(talk("Hello"), max_tokens=1, sampling={"temperature": 0, "frequency_penalty": 100})
-    assert plain == "Hello" != other
-
-
-def test_log_probabilities_are_of_the_model_and_name_the_best(client: Client) -> None:
-    identity = client.submit(max_tokens=2, logprobs=3)
-    client.finish(identity)
-    for _, text, token, own, top, piece in client.steps(identity):
-        assert [entry[0] for entry in top][0] == token and top[0][2] == own <= 0
-        assert len(top) == 3 and top[0][2] >= top[1][2] >= top[2][2]
-        assert piece.encode("latin-1").decode() == text
-    identity = client.submit(max_tokens=1, logprobs=0)
-    client.finish(identity)
-    assert client.steps(identity)[0][4] == []
-
-
-# --- grammar --------------------------------------------------------------------------------------------
-
-
-def test_a_grammar_restricts_the_text_greedy_and_drawn(client: Client) -> None:
-    grammar = 'root ::= "yes" | "no" ("!" "?"){2}'
-    for sampling in (GREEDY, {**WILD, "seed": 7}, {"seed": 3, "presence_penalty": 1.0}):
-        text, ended = client.ask(grammar=grammar, sampling=sampling)
-        assert text in ("yes", "no!?!?") and ended["reason"] == "eos"
-
-
-def test_a_grammar_wakes_with_its_trigger(client: Client) -> None:
-    client.engine.tokenize(1000, "Hello")
-    (hello,) = client.until("tokens", 1000)["tokens"]
-    text, ended = client.ask(grammar='root ::= "Hello" " you"', grammar_lazy=[hello])
-    assert text == "Hello you" and ended["reason"] == "eos"
-    client.engine.tokenize(1001, "zzz")
-    never = client.until("tokens", 1001)["tokens"][0]
-    assert client.ask(grammar='root ::= "x"', grammar_lazy=[never])[0] == DEMO_SENTENCE
-
-
-def test_a_grammar_goes_on_when_the_end_is_ignored(client: Client) -> None:
-    _, ended = client.ask(grammar='root ::= "yes"', ignore_eos=True, max_tokens=8)
-    assert ended["reason"] in ("length", "error")
-    assert client.ask()[0] == DEMO_SENTENCE
-
-
-# --- refusals -------------------------------------------------------------------------------------------
-
-WRONG: dict[str, tuple[dict[str, object], str]] = {
-    "no prompt": ({"text": None}, "invalid"),
-    "both prompts": ({"tokens": [1]}, "invalid"),
-    "empty": ({"text": ""}, "empty"),
-    "too long": ({"text": "why? " * 3000}, "context_full"),
-    "token that is not there": ({"text": None, "tokens": [10**9]}, "invalid"),
-    "token of half a number": ({"text": None, "tokens": [1.5]}, "invalid"),
-    "negative token": ({"text": None, "tokens": [-1]}, "invalid"),
-    "no tokens": ({"text": None, "tokens": []}, "empty"),
-    "sampling": ({"sampling": [1]}, "invalid"),
-    "temperature": ({"sampling": {"temperature": "hot"}}, "invalid"),
-    "not a number": ({"sampling": {"top_p": float("nan")}}, "invalid"),
-    "repeat penalty of nothing": ({"sampling": {"repeat_penalty": 0}}, "invalid"),
-    "unknown option": ({"sampling": {"top_q": 1}}, "invalid"),
-    "bias": ({"sampling": {"logit_bias": {"999999999": 1}}}, "invalid"),
-    "stop": ({"stop": "x"}, "invalid"),
-    "max_tokens": ({"max_tokens": 0}, "invalid"),
-    "deadline": ({"deadline_s": "soon"}, "invalid"),
-    "grammar": ({"grammar": "root := ("}, "grammar"),
-    "grammar without a root": ({"grammar": 'x ::= "a"'}, "grammar"),
-    "grammar that leads nowhere": ({"grammar": "root ::= other"}, "grammar"),
-    "grammar that turns in circles": ({"grammar": 'root ::= root "a"'}, "grammar"),
-    "unknown field": ({"best_of": 3}, "invalid"),
-    "boundaries": ({"boundaries": [-1]}, "invalid"),
-    "logprobs": ({"logprobs": 10**6}, "invalid"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_has_no_meaning_is_refused_and_the_loop_goes_on(client: Client, name: str) -> None:
-    options, kind = WRONG[name]
-    identity = client.submit(**options)
-    refused = client.until("refused", identity)
-    assert refused["kind"] == kind and refused["message"]
-    if kind == "context_full":
-        assert refused["prompt_tokens"] > refused["context"] == 2048
-    assert client.ask(max_tokens=1)[0] == "Hello"
-
-
-def test_an_id_under_way_is_not_taken_twice(client: Client) -> None:
-    identity = client.submit(ignore_eos=True)
-    client.engine.submit({"id": identity, "text": "a"})
-    assert "under way" in str(client.until("refused", identity)["message"])
-    client.engine.drop(identity)
-    assert client.until("ended", identity)["reason"] == "dropped"
+    assert client.until("text", 1001)["text"] == whole
+    bytes_of_one = client.tokens("😀")
+    assert len(bytes_of_one) > 1, "the demo spells it byte by byte"
+    identity = client.submit(max_tokens=2 * len(bytes_of_one), ignore_eos=True, grammar='root ::= "😀" root')
+    text, _ = client.finish(identity)
+    assert text == "😀😀"
+    shown = [entry[1] for entry in client.steps(identity)]
+    assert set(shown) == {"", "😀"}
 
 
 # --- counts and ends of the engine ----------------------------------------------------------------------
@@ -432,27 +165,23 @@ def test_totals_add_up(client: Client) -> None:
 
 
 def test_stop_ends_what_is_under_way_and_tells_the_totals(session: EngineSession) -> None:
-    engine = ServingEngine(session)
-    client = Client(engine)
-    engine.start(client.events.put, client.events.put)
+    client = Client(session)
     identity = client.submit(ignore_eos=True)
     client.until("step")
-    assert engine.stop()
+    assert client.engine.stop()
     assert client.until("ended", identity)["reason"] == "dropped"
-    assert engine.totals is not None
+    assert client.engine.totals is not None
     assert client.events.empty()
 
 
 def test_a_killed_child_is_told_once_and_explained(demo_model: Path) -> None:
     with EngineSession() as session:
         session.open(str(demo_model), CPU)
-        engine = ServingEngine(session)
-        client = Client(engine)
-        engine.start(client.events.put, client.events.put)
+        client = Client(session)
         client.submit(ignore_eos=True)
         client.until("step")
         os.kill(session.pid, signal.SIGKILL)
-        with pytest.raises(EngineError, match="killed from outside.*serving"):
+        with pytest.raises(EngineError, match=r"killed from outside .* while serving"):
             client.until("nothing")
         with pytest.raises(EngineError, match="killed"):
             client.submit()
@@ -461,9 +190,7 @@ def test_a_killed_child_is_told_once_and_explained(demo_model: Path) -> None:
 def test_silence_counts_only_while_something_is_asked(demo_model: Path) -> None:
     with EngineSession(silence_limit_s=0.5) as session:
         session.open(str(demo_model), CPU)
-        engine = ServingEngine(session)
-        client = Client(engine)
-        engine.start(client.events.put, client.events.put)
+        client = Client(session)
         client.ask()
         time.sleep(0.8)
         assert client.ask()[0] == DEMO_SENTENCE
@@ -476,11 +203,9 @@ def test_silence_counts_only_while_something_is_asked(demo_model: Path) -> None:
 def test_the_context_that_all_share_is_given_to_those_who_came_first(demo_model: Path) -> None:
     with EngineSession() as session:
         session.open(str(demo_model), replace(CPU, context=1024, parallel=4, kv_unified=True))
-        engine = ServingEngine(session)
-        client = Client(engine)
-        engine.start(client.events.put, client.events.put)
+        client = Client(session)
         many = [client.submit(talk("why? " * 150), ignore_eos=True, max_tokens=200) for _ in range(4)]
         reasons = [client.until("ended", identity)["reason"] for identity in many]
         assert reasons[0] == "length" and "context" in reasons
         assert client.ask()[0] == DEMO_SENTENCE
-        assert engine.stop()
+        assert client.engine.stop()

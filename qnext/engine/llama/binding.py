@@ -160,6 +160,18 @@ def ggml(function: str) -> Any:
     return address
 
 
+@cache
+def _get_logits() -> Any:
+    """llama_get_logits with its result as a number: a pointer object per step is not needed."""
+    return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(("llama_get_logits", llama()._lib))
+
+
+def logits_address(context: Any) -> int | None:
+    """Where the logits of the last llama_decode lie, once they have been computed."""
+    address: int | None = _get_logits()(context)
+    return address
+
+
 def add_rpc_servers(endpoints: tuple[str, ...]) -> None:
     """Register each `host:port` so that it shows up as device `RPC<i>`. Raises EngineFailure.
 

@@ -1,61 +1,32 @@
-"""The serving loop: many texts at once on one context, until the parent says stop.
+"""The serving loop: requests of the parent come in, events of many texts go out, until the parent says stop.
 
-Each step is one llama_decode with the latest token of every running text and a chunk of at most a ubatch of
-prompts (`scheduler`), then one token chosen for each text whose logits came out of it, then one frame to the
-parent. Requests are read between steps; without work the loop sleeps until one comes. What the sequences
-hold is `prompt_cache`'s.
+Requests are read between steps; without work the loop sleeps until one comes. A request that has no meaning
+is refused with words and never ends the loop. The steps themselves are `batching`'s.
 """
 
 from __future__ import annotations
 
 import queue
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from qnext.engine.llama.batch import Batch
-from qnext.engine.llama.binding import EngineFailure, llama
+from qnext.engine.llama.batching import Batcher
+from qnext.engine.llama.binding import EngineFailure
 from qnext.engine.llama.context import Context
 from qnext.engine.llama.job import Job
-from qnext.engine.llama.prompt_cache import Held, PromptCache
-from qnext.engine.llama.sampler import (
-    Candidates,
-    DeadEnd,
-    Grammar,
-    GrammarError,
-    Logits,
-    Sampler,
-    log_probabilities,
-)
-from qnext.engine.llama.scheduler import ChunkPolicy, Waiting
+from qnext.engine.llama.sampler import Candidates, Grammar, GrammarError, Sampler
 from qnext.engine.llama.signals import Signals
 from qnext.engine.llama.submission import Refused, Submission, checked_tokens, read_submission
 from qnext.engine.llama.text import TextStream
 from qnext.engine.llama.vocabulary import Vocabulary
 from qnext.engine.protocol import Message
 
-_NO_ROOM = 1
-"""What llama_decode returns when the cache has no place for the batch; nothing was evaluated then."""
-
 _IDLE_CHECK_S = 0.5
 """A cancel does not come through the inbox: an idle loop looks for one this often."""
 
-
-@dataclass(slots=True)
-class Totals:
-    """Counts since the loop began. `busy_slots_sum` adds up the texts that took part in each step."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    prompt_ns: int = 0
-    generated: int = 0
-    decode_ns: int = 0
-    steps: int = 0
-    busy_slots_sum: int = 0
+STALL_S = 3.0
+"""How long a chunk of a new prompt may hold up running texts, about."""
 
 
 class Serving:
@@ -70,31 +41,21 @@ class Serving:
         *,
         model: Any,
         cache_bytes: int = 0,
-        stall_s: float = 3.0,
+        stall_s: float = STALL_S,
     ) -> None:
-        placement = context.placement
-        active = context.active()
         self._context = context
         self._vocabulary = vocabulary
         self._signals = signals
         self._inbox = inbox
-        self._cache = PromptCache(
-            model,
-            context.handle,
-            sequences=placement.parallel,
-            limit=context.limit,
-            swa_full=placement.swa_full,
-            budget_bytes=cache_bytes,
-        )
-        self._batch = Batch(active["batch"], placement.parallel)
-        self._policy = ChunkPolicy(min(active["ubatch"], active["batch"]), stall_s)
         self._candidates = Candidates(vocabulary.size)
-        self._suppressed = np.array(vocabulary.suppressed(), np.int64)
-        self._pieces: dict[int, bytes] = {}
-        self._enders: dict[int, bool] = {}
-        self._queue: deque[Job] = deque()
-        self._active: dict[int, Job] = {}
-        self._totals = Totals()
+        self._batcher = Batcher(
+            context,
+            vocabulary,
+            signals,
+            model=model,
+            cache_bytes=cache_bytes,
+            stall_s=stall_s,
+        )
         self._stopped = False
 
     def run(self) -> dict[str, Any]:
@@ -103,15 +64,15 @@ class Serving:
         try:
             while not self._stopped:
                 self._read_requests()
-                if self._active or self._queue:
-                    self._step()
-            for job in [*self._active.values(), *self._queue]:
-                self._end(job, "dropped", message="the server stops")
+                if self._batcher.work:
+                    self._batcher.step()
+            for job in list(self._batcher.jobs()):
+                self._batcher.end(job, "dropped", message="the server stops")
         finally:
-            for job in [*self._active.values(), *self._queue]:
+            for job in self._batcher.jobs():
                 job.sampler.free()
             self._context.memory.clear()
-        return {"totals": self._totals_told()}
+        return {"totals": asdict(self._batcher.totals)}
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -120,12 +81,12 @@ class Serving:
         self._signals.check()
         while not self._stopped:
             try:
-                if self._active or self._queue:
+                if self._batcher.work:
                     message = self._inbox.get_nowait()
                 else:
                     message = self._inbox.get(timeout=_IDLE_CHECK_S)
             except queue.Empty:
-                if self._active or self._queue:
+                if self._batcher.work:
                     return
                 self._signals.check()
                 continue
@@ -159,9 +120,9 @@ class Serving:
 
     def _submit(self, message: Message) -> None:
         asked = read_submission(message, self._vocabulary, self._context.limit)
-        if any(job.asked.id == asked.id for job in self._jobs()):
+        if any(job.asked.id == asked.id for job in self._batcher.jobs()):
             raise Refused("invalid", f"request {asked.id} is under way already")
-        self._queue.append(Job(asked, self._sampler(asked), TextStream(asked.stop)))
+        self._batcher.add(Job(asked, self._sampler(asked), TextStream(asked.stop)))
 
     def _sampler(self, asked: Submission) -> Sampler:
         grammar = None
@@ -180,9 +141,9 @@ class Serving:
         )
 
     def _drop(self, message: Message) -> None:
-        for job in list(self._jobs()):
+        for job in list(self._batcher.jobs()):
             if job.asked.id == message.get("id"):
-                self._end(job, "dropped")
+                self._batcher.end(job, "dropped")
 
     def _tokenize(self, message: Message) -> None:
         text = message.get("text")
@@ -201,235 +162,4 @@ class Serving:
         self._signals.stream("text", id=message.get("id"), text=text.decode(errors="replace"))
 
     def _tell_state(self, message: Message) -> None:
-        self._signals.stream(
-            "state",
-            id=message.get("id"),
-            slots=[self._slot_told(held) for held in self._cache.sequences],
-            queued=len(self._queue),
-            cache={
-                "bytes": self._cache.nbytes,
-                "budget_bytes": self._cache.budget_bytes,
-                "entries": self._cache.entries,
-            },
-            totals=self._totals_told(),
-        )
-
-    def _slot_told(self, held: Held) -> dict[str, int | None]:
-        job = self._active.get(held.index)
-        return {
-            "slot": held.index,
-            "id": job.asked.id if job else None,
-            "prompt": len(job.asked.tokens) if job else 0,
-            "done": min(held.count, len(job.asked.tokens)) if job else 0,
-            "generated": job.generated if job else 0,
-            "cached": job.cached if job else 0,
-            "held": held.count,
-        }
-
-    def _totals_told(self) -> dict[str, int]:
-        return {name: getattr(self._totals, name) for name in Totals.__slots__}
-
-    def _jobs(self) -> Iterator[Job]:
-        yield from self._active.values()
-        yield from self._queue
-
-    # --- one step -------------------------------------------------------------------------------------
-
-    def _step(self) -> None:
-        for job in [job for job in self._jobs() if job.overdue]:
-            self._end(job, "deadline")
-        self._begin_jobs()
-        running = [job for job in self._active.values() if job.pending is not None]
-        waiting = {index: job for index, job in self._active.items() if job.pending is None}
-        shares = dict(self._policy.share([self._waiting(job) for job in waiting.values()], len(running)))
-        if not running and not shares:
-            return
-        started = time.perf_counter_ns()
-        if not self._decode(shares):
-            return
-        chunk = sum(shares.values())
-        outputs = self._take_in(shares)
-        self._totals.steps += 1
-        self._totals.busy_slots_sum += len(running) + len(shares)
-        self._totals.prompt_tokens += chunk
-        self._choose(outputs)
-        spent = time.perf_counter_ns() - started
-        if chunk:
-            self._totals.prompt_ns += spent
-            if outputs:
-                self._policy.learn(chunk + len(running), spent / 1e9)
-        else:
-            self._totals.decode_ns += spent
-        self._signals.sign_of_life()
-
-    def _waiting(self, job: Job) -> Waiting:
-        assert job.held is not None
-        remaining = len(job.asked.tokens) - job.held.count
-        until = job.pauses[0] - job.held.count if job.pauses else remaining
-        return Waiting(job.held.index, remaining, until)
-
-    def _begin_jobs(self) -> None:
-        """Give free sequences to those that wait, in the order they came."""
-        while self._queue and len(self._active) < len(self._cache.sequences):
-            job = self._queue.popleft()
-            asked = job.asked
-            job.held = held = self._cache.take(asked.tokens, reuse=asked.cache)
-            job.cached = held.count
-            job.began_ns = time.perf_counter_ns()
-            job.pauses = self._cache.pauses(held, len(asked.tokens), asked.boundaries) if asked.cache else []
-            left = self._context.limit - len(asked.tokens) + 1  # the last token is chosen, not evaluated
-            job.room = left if asked.max_tokens is None else min(left, asked.max_tokens)
-            self._active[held.index] = job
-            self._totals.cached_tokens += job.cached
-            self._signals.stream(
-                "begun",
-                id=asked.id,
-                slot=held.index,
-                prompt_tokens=len(asked.tokens),
-                cached_tokens=job.cached,
-                queued_ns=job.queued_ns,
-            )
-
-    def _fill(self, shares: dict[int, int]) -> None:
-        """The step's batch, in the order of sequences: only rising neighbours are evaluated together."""
-        batch = self._batch
-        batch.clear()
-        for index in sorted(self._active):
-            job = self._active[index]
-            held = job.held
-            assert held is not None
-            if job.pending is not None:
-                batch.add(index, job.pending, held.count)
-            elif index in shares:
-                end = held.count + shares[index]
-                batch.extend(
-                    index, job.asked.tokens[held.count : end], held.count, output=end == len(job.asked.tokens)
-                )
-
-    def _decode(self, shares: dict[int, int]) -> bool:
-        """Evaluate the step; False if it could not be and something was given up to make room."""
-        self._fill(shares)
-        status = self._batch.decode(self._context.handle)
-        if status == 0:
-            return True
-        if status == _NO_ROOM:
-            if self._cache.clear_free():
-                return False
-            index = max(shares or self._active, key=lambda index: self._active[index].arrived_ns)
-            self._end(self._active[index], "context", message="the context of all sequences together is full")
-            self._cache.clear(self._cache.sequences[index])
-            return False
-        self._signals.check()
-        raise EngineFailure("decode", f"llama_decode failed with status {status}")
-
-    def _take_in(self, shares: dict[int, int]) -> list[Job]:
-        """Note what has been evaluated; returns the jobs whose logits came out, in the order of these."""
-        outputs = []
-        for index in sorted(self._active):
-            job = self._active[index]
-            held = job.held
-            assert held is not None
-            if job.pending is not None:
-                held.append_one(job.pending)
-                outputs.append(job)
-            elif index in shares:
-                held.append(job.asked.tokens[held.count : held.count + shares[index]])
-                if held.count == len(job.asked.tokens):
-                    outputs.append(job)
-                elif job.pauses and job.pauses[0] == held.count:
-                    job.pauses.pop(0)
-                    self._cache.checkpoint(held)
-                elif job.asked.cache and self._cache.checkpoint_is_due(held, len(job.asked.tokens)):
-                    self._cache.checkpoint(held)
-        return outputs
-
-    # --- tokens ---------------------------------------------------------------------------------------
-
-    def _choose(self, jobs: list[Job]) -> None:
-        """Choose the next token of each of `jobs`, tell the parent, and end those that are done."""
-        if not jobs:
-            return
-        rows = self._logits(len(jobs))
-        now = time.perf_counter_ns()
-        told: list[list[object]] = []
-        ended: list[tuple[Job, str]] = []
-        for row, job in zip(rows, jobs, strict=True):
-            try:
-                token = job.sampler.choose(row)
-            except DeadEnd:
-                ended.append((job, "error"))
-                continue
-            if not job.first_ns:
-                job.first_ns = now
-            job.last_ns = now
-            job.pending = token
-            job.generated += 1
-            if not job.asked.ignore_eos and self._ends(token):
-                ended.append((job, "eos"))
-                continue
-            told.append(self._entry(job, token, row))
-            if job.text.stopped:
-                ended.append((job, "stop"))
-            elif job.generated >= job.room:
-                ended.append((job, "length" if job.room == job.asked.max_tokens else "context"))
-        self._totals.generated += len(jobs)
-        if told:
-            self._signals.stream("step", out=told)
-        for job, reason in ended:
-            self._end(job, reason, message="the grammar allows no token" if reason == "error" else None)
-
-    def _logits(self, count: int) -> Logits:
-        """One row per output of the step. They live until the next one."""
-        address = llama().llama_get_logits(self._context.handle)
-        if not address:
-            raise EngineFailure("decode", "llama.cpp has no logits for the step")
-        rows: Logits = np.ctypeslib.as_array(address, (count, self._vocabulary.size))
-        if len(self._suppressed):
-            rows[:, self._suppressed] = -np.inf
-        return rows
-
-    def _entry(self, job: Job, token: int, row: Logits) -> list[object]:
-        """What the parent hears of a token: id, text, token, log-probability, the best ones, its bytes."""
-        piece = self._piece(token)
-        text = job.text.feed(piece)
-        if job.asked.logprobs is None:
-            return [job.asked.id, text, token, None, None]
-        own, best = log_probabilities(row, token, job.asked.logprobs)
-        top = [[other, self._piece(other).decode("latin-1"), value] for other, value in best]
-        return [job.asked.id, text, token, own, top, piece.decode("latin-1")]
-
-    def _piece(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = self._vocabulary.piece(token)
-        return piece
-
-    def _ends(self, token: int) -> bool:
-        known = self._enders.get(token)
-        if known is None:
-            known = self._enders[token] = self._vocabulary.ends_generation(token)
-        return known
-
-    def _end(self, job: Job, reason: str, *, message: str | None = None) -> None:
-        """Tell the parent that `job` is over, and give its sequence to the next."""
-        job.sampler.free()
-        if job.held is None:
-            self._queue.remove(job)
-        else:
-            del self._active[job.held.index]
-            self._cache.release(job.held)
-        rest = "" if job.text.stopped else job.text.feed(b"", final=True)
-        self._signals.stream(
-            "ended",
-            id=job.asked.id,
-            reason=reason,
-            text=rest,
-            prompt_tokens=len(job.asked.tokens),
-            cached_tokens=job.cached,
-            generated=job.generated,
-            prefill_ns=job.prefill_ns,
-            decode_ns=job.decode_ns,
-            queued_ns=job.queued_ns,
-            stop_text=job.text.stop_text,
-            message=message,
-        )
+        self._signals.stream("state", id=message.get("id"), **self._batcher.state())
