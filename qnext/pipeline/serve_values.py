@@ -20,7 +20,8 @@ class Job:
     """One answer to make, of `text` or of `tokens`.
 
     `max_tokens` None: up to the end of the slot's context. `sampling` as `qnext.engine.serving` takes it.
-    `grammar` is GBNF; `logprobs` how many alternatives to tell of each token, 0 for the token's own.
+    `grammar` is GBNF, in force from the start or, with `grammar_after`, after the first of these tokens;
+    `logprobs` how many alternatives to tell of each token, 0 for the token's own.
     `boundaries` are positions in tokens at which the state of the prompt is worth keeping.
     """
 
@@ -32,6 +33,7 @@ class Job:
     ignore_eos: bool = False
     logprobs: int | None = None
     grammar: str | None = None
+    grammar_after: tuple[int, ...] = ()
     deadline_s: float | None = None
     boundaries: tuple[int, ...] = ()
     cache: bool = True

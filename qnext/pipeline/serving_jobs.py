@@ -179,6 +179,7 @@ def _submission(number: int, job: Job) -> Message:
         "ignore_eos": job.ignore_eos,
         "logprobs": job.logprobs,
         "grammar": job.grammar,
+        "grammar_lazy": list(job.grammar_after) or None,
         "deadline_s": job.deadline_s,
         "boundaries": list(job.boundaries) or None,  # None: the engine looks for messages itself
         "cache": job.cache,

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import qnext
 from qnext.pipeline.serve_values import Backend
-from qnext.serve import chat, completions, info
+from qnext.serve import chat, completions, info, messages, responses
 from qnext.serve.errors import install_handlers
 from qnext.serve.generating import Server
 from qnext.serve.logprobs import TokenTexts
@@ -44,6 +44,8 @@ def make_app(backend: Backend, settings: ServeSettings) -> FastAPI:
         info.make_routes(server),
         chat.make_routes(server, texts),
         completions.make_routes(server, texts),
+        responses.make_routes(server, texts),
+        messages.make_routes(server, texts),
     ):
         app.include_router(routes)
     install_handlers(app)

@@ -34,7 +34,7 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["OpenAI"], **answers("chat.completion"))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
-        work = _Chat(server, server.model(), body, texts)
+        work = _Chat(server, server.model(), body, texts, await texts.thought_end())
         if body.stream:
             return EventStream(work.stream(), error_event)
         return await while_connected(request, work.collect())
@@ -56,11 +56,18 @@ class _Choice:
 class _Chat:
     """One request: its jobs, and how their events become an answer."""
 
-    def __init__(self, server: Server, model: ServedModel, asked: ChatRequest, texts: TokenTexts) -> None:
+    def __init__(
+        self,
+        server: Server,
+        model: ServedModel,
+        asked: ChatRequest,
+        texts: TokenTexts,
+        thought_end: int | None,
+    ) -> None:
         self.server, self.asked, self.texts = server, asked, texts
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
-        prompt = make_prompt(model, _read_conversation(asked))
+        prompt = make_prompt(model, _read_conversation(asked), thought_end)
         n = asked.n or 1
         self.choices = [_Choice(prompt.parser()) for _ in range(n)]
         limit = read_limit(
@@ -68,7 +75,7 @@ class _Chat:
         )
         logprobs = max(asked.top_logprobs or 0, 1) if asked.logprobs else None
         self.jobs = [
-            make_job(server, model, asked, choice, text=prompt.text, limit=limit, logprobs=logprobs)
+            make_job(server, model, asked, choice, prompt=prompt, limit=limit, logprobs=logprobs)
             for choice in range(n)
         ]
         self.tell_usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -167,6 +174,11 @@ def _read_conversation(asked: ChatRequest) -> Conversation:
         named=None if isinstance(choice, str) else choice.function.name,
         thinking=thinking,
         variables=asked.chat_template_kwargs or {},
+        response_format=asked.response_format.model_dump(by_alias=True, exclude_none=True)
+        if asked.response_format
+        else None,
+        grammar=asked.grammar,
+        parallel=asked.parallel_tool_calls is not False,
     )
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from qnext.pipeline.serve_values import Begun, Ended, Piece, ServedModel
 from qnext.serve.body import StrictRoute
 from qnext.serve.chunks import Chunks, finish_reason, timings, usage
+from qnext.serve.conversation import Prompt, read_grammar
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
 from qnext.serve.jobs import make_job, read_limit
@@ -64,14 +65,16 @@ class _Completion:
             raise ApiError(400, f"n: at most {_MOST_ANSWERS} answers per request", param="n")
         self.logprobs = asked.logprobs
         limit = read_limit(("max_tokens", asked.max_tokens), ("n_predict", asked.n_predict))
+        grammar = None if asked.grammar is None else read_grammar({"type": "gbnf", "grammar": asked.grammar})
         self.jobs = [
             make_job(
                 server,
                 model,
                 asked,
                 choice,
-                text=prompt if isinstance(prompt, str) else None,
-                tokens=None if isinstance(prompt, str) else prompt,
+                prompt=Prompt(prompt, grammar=grammar)
+                if isinstance(prompt, str)
+                else Prompt("", ids=prompt, grammar=grammar),
                 limit=limit,
                 logprobs=None if asked.logprobs is None else max(asked.logprobs, 1),
             )

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qnext.errors import ModelError
+from qnext.errors import ModelError, UsageError
 from qnext.models.answer import AnswerParser
+from qnext.models.chat import THINK_OPEN
+from qnext.models.response_grammar import response_grammar
 from qnext.models.tool_calls import ToolFormat, tool_format
 from qnext.pipeline.serve_values import ServedModel
 from qnext.serve.errors import ApiError
+from qnext.serve.forcing import call_grammar
 from qnext.serve.schemas import ChatMessage, ContentPart
 
 _RESERVED = ("messages", "tools", "bos_token", "eos_token")
@@ -20,7 +23,8 @@ _RESERVED = ("messages", "tools", "bos_token", "eos_token")
 class Conversation:
     """`messages` and `tools` in OpenAI's form. `choice`: auto, none, required, or `named` a function's name.
 
-    `thinking` None leaves it to the template; `variables` are the template's own.
+    `thinking` None leaves it to the template; `variables` are the template's own. `grammar` is the client's
+    GBNF; `parallel`: several calls at a time are wanted.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -29,24 +33,35 @@ class Conversation:
     named: str | None = None
     thinking: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    response_format: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The text that the model continues, and what it takes to read its answer."""
+    """The text, or instead the tokens `ids`, that the model continues, and what it takes to read its answer.
+
+    `grammar_after` as in Job.
+    """
 
     text: str
-    tools: Sequence[Mapping[str, Any]]
-    style: ToolFormat | None
+    tools: Sequence[Mapping[str, Any]] = ()
+    style: ToolFormat | None = None
+    grammar: str | None = None
+    grammar_after: tuple[int, ...] = ()
+    ids: Sequence[int] | None = None
 
     def parser(self) -> AnswerParser:
         """A reader for one answer."""
         return AnswerParser(self.text[-256:], tools=self.tools, style=self.style)
 
 
-def make_prompt(model: ServedModel, asked: Conversation) -> Prompt:
+def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None = None) -> Prompt:
     """The prompt of a conversation. Raises ApiError: without a template there is no chat, a template may take
     no tools, and some refuse an order of messages.
+
+    Where the template opens the thinking itself, a grammar holds only after the token `thought_end`.
     """
     if model.template is None:
         raise ApiError(
@@ -69,7 +84,37 @@ def make_prompt(model: ServedModel, asked: Conversation) -> Prompt:
         )
     except ModelError as error:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error
-    return Prompt(text, tools, style)
+    grammar = _make_grammar(asked, tools, style)
+    thinks = grammar is not None and thought_end is not None and text.rstrip().endswith(THINK_OPEN)
+    return Prompt(text, tools, style, grammar, (thought_end,) if thinks and thought_end is not None else ())
+
+
+def read_grammar(response_format: Mapping[str, Any]) -> str | None:
+    """The grammar of a `response_format`. Raises ApiError for what cannot be enforced."""
+    param = "grammar" if response_format["type"] == "gbnf" else "response_format"
+    try:
+        return response_grammar(response_format)
+    except UsageError as error:
+        raise ApiError(400, f"{error.message} {error.hint}", param=param, code="invalid_grammar") from error
+
+
+def _make_grammar(
+    asked: Conversation, tools: Sequence[Mapping[str, Any]], style: ToolFormat | None
+) -> str | None:
+    if asked.grammar is not None:
+        wanted: Mapping[str, Any] | None = {"type": "gbnf", "grammar": asked.grammar}
+    else:
+        wanted = asked.response_format
+    grammar = None if wanted is None else read_grammar(wanted)
+    if grammar is not None and tools:
+        raise ApiError(
+            400,
+            "response_format: cannot be kept while tools may be called; send tool_choice none with it",
+            param="response_format",
+        )
+    if asked.choice == "required" and style is not None:
+        return call_grammar(tools, style, parallel=asked.parallel)
+    return grammar
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

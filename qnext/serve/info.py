@@ -125,6 +125,12 @@ def make_routes(server: Server) -> APIRouter:
     return router
 
 
+async def count_tokens(server: Server, model: ServedModel, text: str) -> int:
+    """Tokens of a prompt as the engine would count them."""
+    add_bos = not (model.bos and text.startswith(model.bos))
+    return len(await server.backend.tokenize(text, special=True, add_bos=add_bos))
+
+
 def check_tokens(tokens: list[int], model: ServedModel, param: str) -> None:
     """Raises ApiError for an id that the vocabulary does not have."""
     if tokens and max(tokens) >= model.vocabulary:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from qnext.pipeline.serve_values import Job, ServedModel
+from qnext.serve.conversation import Prompt
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
 from qnext.serve.schemas import SamplingFields
@@ -29,22 +29,21 @@ def make_job(
     asked: SamplingFields,
     choice: int = 0,
     *,
-    text: str | None = None,
-    tokens: Sequence[int] | None = None,
+    prompt: Prompt,
     limit: int | None = None,
     logprobs: int | None = None,
-    grammar: str | None = None,
 ) -> Job:
-    """The job of one choice, of `text` or of `tokens`. Raises ApiError."""
+    """The job of one choice. Raises ApiError."""
     return Job(
-        text=text,
-        tokens=None if tokens is None else tuple(tokens),
+        text=prompt.text if prompt.ids is None else None,
+        tokens=None if prompt.ids is None else tuple(prompt.ids),
         max_tokens=limit,
         sampling=read_sampling(asked, model, choice),
         stop=read_stops(asked),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
-        grammar=grammar if grammar is not None else asked.grammar,
+        grammar=prompt.grammar,
+        grammar_after=prompt.grammar_after,
         deadline_s=server.settings.deadline_s,
         cache=asked.cache_prompt is not False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qnext.models.chat import THINK_CLOSE
 from qnext.pipeline.serve_values import Backend, Piece
 
 
@@ -13,6 +14,7 @@ class TokenTexts:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[int, bytes] = {}
+        self._thought_end: list[int] | None = None
 
     async def of(self, piece: Piece) -> bytes:
         """The bytes of the token of `piece`."""
@@ -23,6 +25,12 @@ class TokenTexts:
         if piece.token not in self._known:
             self._known[piece.token] = (await self._backend.detokenize([piece.token])).encode()
         return self._known[piece.token]
+
+    async def thought_end(self) -> int | None:
+        """The token that ends thinking, None where that is not one token. Raises Unavailable."""
+        if self._thought_end is None:
+            self._thought_end = await self._backend.tokenize(THINK_CLOSE, special=True)
+        return self._thought_end[0] if len(self._thought_end) == 1 else None
 
 
 def chat_logprob(piece: Piece, data: bytes, count: int) -> dict[str, Any]:
