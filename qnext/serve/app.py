@@ -14,6 +14,7 @@ from qnext.serve.errors import install_handlers
 from qnext.serve.generating import Server
 from qnext.serve.logprobs import TokenTexts
 from qnext.serve.metrics import Meters
+from qnext.serve.page import add_page
 from qnext.serve.queue import Gate
 from qnext.serve.security import Guard
 from qnext.serve.settings import ServeSettings
@@ -48,6 +49,7 @@ def make_app(backend: Backend, settings: ServeSettings) -> FastAPI:
         messages.make_routes(server, texts),
     ):
         app.include_router(routes)
+    add_page(app)
     install_handlers(app)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
