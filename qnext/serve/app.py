@@ -14,6 +14,7 @@ from qnext.serve.errors import install_handlers
 from qnext.serve.generating import Server
 from qnext.serve.logprobs import TokenTexts
 from qnext.serve.metrics import Meters
+from qnext.serve.openapi import make_document_true
 from qnext.serve.page import add_page
 from qnext.serve.queue import Gate
 from qnext.serve.security import Guard
@@ -51,6 +52,7 @@ def make_app(backend: Backend, settings: ServeSettings) -> FastAPI:
         app.include_router(routes)
     add_page(app)
     install_handlers(app)
+    make_document_true(app)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
         app.add_middleware(

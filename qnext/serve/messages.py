@@ -23,7 +23,7 @@ from qnext.serve.info import count_tokens
 from qnext.serve.jobs import make_job, read_limit
 from qnext.serve.logprobs import TokenTexts
 from qnext.serve.messages_input import CountRequest, MessagesRequest, read_conversation
-from qnext.serve.openapi import answers
+from qnext.serve.openapi import ANTHROPIC_ERROR_SCHEMA, answers
 from qnext.serve.stream import EventStream, while_connected
 
 _PATH = "/v1/messages"
@@ -33,7 +33,7 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
     """The routes of Anthropic's API."""
     router = APIRouter(route_class=StrictRoute)
 
-    @router.post(_PATH, tags=["Anthropic"], **answers("message"))
+    @router.post(_PATH, tags=["Anthropic"], **answers("message", errors=ANTHROPIC_ERROR_SCHEMA))
     async def create(body: MessagesRequest, request: Request) -> Response:
         """Answer the last turn."""
         work = _Message(server, server.model(), body, await texts.thought_end())
@@ -41,7 +41,11 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
             return EventStream(work.stream(), error_event)
         return await while_connected(request, work.collect())
 
-    @router.post(_PATH + "/count_tokens", tags=["Anthropic"], **answers("count", streams=False))
+    @router.post(
+        _PATH + "/count_tokens",
+        tags=["Anthropic"],
+        **answers("count", streams=False, errors=ANTHROPIC_ERROR_SCHEMA),
+    )
     async def count(body: CountRequest) -> Response:
         """How many tokens the prompt of this request has."""
         model = server.model()

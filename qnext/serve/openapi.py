@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+
+ANTHROPIC_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -26,7 +40,9 @@ _ERRORS = {
     401: "the key is missing or wrong",
     403: "the host or the origin is not allowed",
     413: "the body is too large",
+    404: "there is nothing of that name",
     415: "the body is not JSON by its type",
+    431: "the headers are too large",
     429: "all slots and the queue are taken; Retry-After says when to try again",
     500: "a fault of the server or the engine",
     503: "the model is loading, restarting or has failed",
@@ -34,7 +50,13 @@ _ERRORS = {
 }
 
 
-def answers(kind: str, *, streams: bool = True, media: str = "application/json") -> dict[str, Any]:
+def answers(
+    kind: str,
+    *,
+    streams: bool = True,
+    media: str = "application/json",
+    errors: dict[str, Any] = ERROR_SCHEMA,
+) -> dict[str, Any]:
     """Keyword arguments of a route that answers with an object of `kind`, or with its stream of events."""
     schema = {"type": "string"} if media.startswith("text/") else {"type": "object"}
     content: dict[str, Any] = {media: {"schema": schema}}
@@ -42,5 +64,24 @@ def answers(kind: str, *, streams: bool = True, media: str = "application/json")
         content["text/event-stream"] = {"schema": {"type": "string"}}
     told: dict[int, Any] = {200: {"description": f"{kind}", "content": content}}
     for status, why in _ERRORS.items():
-        told[status] = {"description": why, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+        told[status] = {"description": why, "content": {"application/json": {"schema": errors}}}
     return {"response_model": None, "responses": told}
+
+
+def make_document_true(app: FastAPI) -> None:
+    """Take FastAPI's 422 out of the document, which here is a 400, and name the key."""
+    usual = app.openapi
+
+    def document() -> dict[str, Any]:
+        told = usual()
+        parts = told.setdefault("components", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.get("schemas", {}).pop(name, None)
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        told["security"] = [{"key": []}, {}]
+        for path in told["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return told
+
+    app.openapi = document  # type: ignore[method-assign]
