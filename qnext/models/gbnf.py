@@ -19,8 +19,10 @@ MOST_REPEATS = 1_000_000
 _SHARED = {
     "ws": r'(" " | "\n" [ \t]{0,32})?',
     "hex": "[0-9a-fA-F]",
-    # No escapes of surrogates: half a pair is no text, and whole characters need no escape.
-    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
+    "char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" (plain | pair-of-halves))',
+    "plain": "[0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}",
+    # Half of a surrogate pair is no text, and would break what reads the answer.
+    "pair-of-halves": r'[dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}',
     "string": r'"\"" char* "\""',
     "integer": '"0" | "-"? [1-9] [0-9]{0,15}',
     "number": r'"-"? ("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
@@ -115,7 +117,7 @@ class GrammarWriter:
         todo = list(rules.values())
         while todo:
             for name in re.findall(
-                r"[a-z]+", re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', " ", todo.pop())
+                r"[a-z-]+", re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', " ", todo.pop())
             ):
                 if name in _SHARED and name not in rules:
                     rules[name] = _SHARED[name]

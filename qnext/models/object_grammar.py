@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qnext.models.gbnf import GrammarWriter, char_class, literal
+
+_WRITTEN = re.compile(r"\\u[0-9a-f]{4}|\\.|.", re.DOTALL)
+"""One character as JSON writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,14 @@ def _other_key(names: Sequence[str], writer: GrammarWriter) -> str:
     tree: dict[str, Any] = {}
     for name in names:
         node = tree
-        for char in json.dumps(name, ensure_ascii=False)[1:]:  # the closing quote ends the name
-            node = node.setdefault(char, {})
+        for written in _WRITTEN.findall(json.dumps(name, ensure_ascii=False)[1:]):  # with the closing quote
+            node = node.setdefault(written, {})
     return writer.add(f'"\\"" {_leave(tree, writer)}')
 
 
 def _leave(node: dict[str, Any], writer: GrammarWriter) -> str:
-    ways = [f"{literal(char)} {_leave(child, writer)}" for char, child in node.items() if child]
-    taken = sorted({*map(ord, node), ord('"'), ord("\\"), 0x7F})
+    ways = [f"{literal(written)} {_leave(child, writer)}" for written, child in node.items() if child]
+    taken = sorted({*(ord(written) for written in node if len(written) == 1), ord('"'), ord("\\"), 0x7F})
     others, start = [], 0x20
     for point in [*(point for point in taken if point >= 0x20), 0xD800]:
         others += [(start, point - 1)] if point > start else []

@@ -2,8 +2,9 @@
 
 The other way round it is narrower where that helps a model: properties come in the schema's order; those the
 schema does not name are only written where it says `additionalProperties`, or names none, and likewise items
-behind `prefixItems`; numbers have at most 16 digits; years are 1000 to 2999. `oneOf` is taken as `anyOf`, and unknown formats as notes, as JSON
-schema has it. A keyword that cannot be enforced is an error: a client that asks for it relies on it.
+behind `prefixItems`; numbers have at most 16 digits; years are 1000 to 2999. `oneOf` is taken as `anyOf`, and
+unknown formats as notes, as JSON schema has it. A keyword that cannot be enforced is an error: a client that
+asks for it relies on it.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class _Converter:
             raise UsageError(
                 f"the schema has more than {_MOST_SCHEMAS:,} parts", hint="Ask for less at once."
             )
-        if isinstance(schema, Mapping) and list(demands(schema)) == ["$ref"]:
-            if isinstance(reference := schema["$ref"], str):
-                return self._reference(reference, path, entered)
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if isinstance(reference, str) and len(demands(schema)) == 1:
+            return self._reference(reference, path, entered)
         whole = flatten(schema, self._root, path)
         if whole is False:
             raise refuse("false", path, "allows nothing")
