@@ -175,6 +175,8 @@ def serve(
         if taken.said:
             note(f"engine: {taken.said}")
         if taken.program is not None:
+            if deadline is not None or cors:
+                note("llama-server knows no --deadline and no --cors, and queues without a limit")
             from qnext.cli.serve_llama import serve_with_llama_server
 
             return serve_with_llama_server(

@@ -43,7 +43,8 @@ def serve_with_llama_server(
     bound.close()  # it was kept while nothing else could take it; llama-server opens it itself
     program = taken.program
     assert program is not None
-    server = LlamaServer(program, plan, host=host, port=port, keys=keys, notice=note)
+    name = served_name(planned)
+    server = LlamaServer(program, plan, name=name, host=host, port=port, keys=keys, notice=note)
     ended_by: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
@@ -53,7 +54,7 @@ def serve_with_llama_server(
     context = plan.placement.context // plan.placement.parallel
 
     def ready() -> None:
-        note(f"serving {served_name(planned)} on {url}/v1 with llama-server; its own page: {url}/")
+        note(f"serving {name} on {url}/v1 with llama-server; its own page: {url}/")
         say_plan(plan, context)
         note("stop it with Ctrl-C")
         if json_output:
@@ -61,7 +62,7 @@ def serve_with_llama_server(
                 {
                     "schema": "qnext.serve/1",
                     "url": url,
-                    "model": served_name(planned),
+                    "model": name,
                     "slots": plan.placement.parallel,
                     "context": context,
                     "pid": os.getpid(),

@@ -179,7 +179,7 @@ class Supervisor:
                 wait_s = self._restarts.after_death()
                 if wait_s is None:
                     raise EngineError(f"{error.message}; {GIVEN_UP}", hint=error.hint) from error
-                self._notice(f"{error.message}; starting it again in {wait_s:.0f} s")
+                self._notice(f"{error.message}; starting it again in {wait_s:g} s")
                 self._status = Status("restarting", 0.0, f"{error.message}; the engine starts again")
                 if self._stopping.wait(wait_s):
                     return

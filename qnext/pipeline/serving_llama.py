@@ -34,19 +34,36 @@ _PR_SET_PDEATHSIG = 1
 
 
 class LlamaServer:
-    """One llama-server on `host` and `port`. Use as a context manager: leaving it ends the child.
+    """One llama-server on `host` and `port`, which calls its model `name`. `close` ends the child.
 
     `keys` reach it through its environment. Raises UsageError for a key that it cannot take.
     """
 
     def __init__(
-        self, program: str, plan: Plan, *, host: str, port: int, keys: Sequence[str], notice: Notice
+        self,
+        program: str,
+        plan: Plan,
+        *,
+        name: str,
+        host: str,
+        port: int,
+        keys: Sequence[str],
+        notice: Notice,
     ) -> None:
         if any(mark in key for key in keys for mark in ',"'):
             raise UsageError(
                 "llama-server takes no key with a comma or a quotation mark", hint="Use another key."
             )
-        self._argv = [program, *plan.argv[1:], "--host", host, "--port", str(port)]
+        self._argv = [
+            program,
+            *plan.argv[1:],
+            "--alias",
+            name.replace(",", "-"),
+            "--host",
+            host,
+            "--port",
+            str(port),
+        ]
         self._environment = child_environment()
         self._environment.pop(_KEY_VARIABLE, None)
         if keys:
@@ -75,7 +92,7 @@ class LlamaServer:
                 if wait_s is None:
                     why = f"{error.message}; {GIVEN_UP}" if ready else error.message
                     raise EngineError(why, hint=error.hint) from error
-                self._notice(f"{error.message}; starting it again in {wait_s:.0f} s")
+                self._notice(f"{error.message}; starting it again in {wait_s:g} s")
                 self._stopping.wait(wait_s)
 
     @property

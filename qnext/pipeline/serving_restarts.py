@@ -1,4 +1,4 @@
-"""When a server that died is tried again: at once the first time, ever later, and not for ever."""
+"""When a server that died is tried again: soon the first time, ever later, and not for ever."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 MOST_DEATHS = 5
 WINDOW_S = 300.0
 """So many deaths in so short a time, and it is given up."""
+FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 
 GIVEN_UP = f"given up after {MOST_DEATHS} crashes within {WINDOW_S / 60:.0f} minutes"
@@ -24,4 +25,4 @@ class Restarts:
         self._deaths = [*(when for when in self._deaths if now - when < WINDOW_S), now]
         if len(self._deaths) >= MOST_DEATHS:
             return None
-        return float(min(LONGEST_WAIT_S, 2 ** (len(self._deaths) - 1)))
+        return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (len(self._deaths) - 1))
