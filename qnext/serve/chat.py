@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from qnext.models.answer import Answer, AnswerEvent, AnswerParser, Thought, gather_answer
 from qnext.models.tool_calls import CallArguments, CallBegun, Said, Warned
@@ -19,6 +19,7 @@ from qnext.serve.chunks import Chunks, finish_reason, timings, usage
 from qnext.serve.conversation import Conversation, make_prompt, read_messages
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
+from qnext.serve.info import count_tokens
 from qnext.serve.jobs import make_job, read_limit
 from qnext.serve.logprobs import TokenTexts, chat_logprob
 from qnext.serve.openapi import answers
@@ -38,6 +39,20 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
         if body.stream:
             return EventStream(work.stream(), error_event)
         return await while_connected(request, work.collect())
+
+    @router.post("/chat/completions/input_tokens", include_in_schema=False)
+    @router.post("/v1/chat/completions/input_tokens", tags=["OpenAI"], **answers("count", streams=False))
+    async def count(body: ChatRequest) -> Response:
+        """How many tokens the prompt of this request has."""
+        model = server.model()
+        prompt = make_prompt(model, _read_conversation(body))
+        counted = await count_tokens(server, model, prompt.text)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": counted})
+
+    @router.post("/apply-template", tags=["Server"], **answers("prompt", streams=False))
+    async def apply_template(body: ChatRequest) -> Response:
+        """The prompt of this request as the model would get it."""
+        return JSONResponse({"prompt": make_prompt(server.model(), _read_conversation(body)).text})
 
     return router
 

@@ -13,7 +13,7 @@ from qnext.models.response_grammar import response_grammar
 from qnext.models.tool_calls import ToolFormat, tool_format
 from qnext.pipeline.serve_values import ServedModel
 from qnext.serve.errors import ApiError
-from qnext.serve.forcing import call_grammar
+from qnext.serve.forcing import call_grammar, either
 from qnext.serve.schemas import ChatMessage, ContentPart
 
 _RESERVED = ("messages", "tools", "bos_token", "eos_token")
@@ -106,15 +106,10 @@ def _make_grammar(
     else:
         wanted = asked.response_format
     grammar = None if wanted is None else read_grammar(wanted)
-    if grammar is not None and tools:
-        raise ApiError(
-            400,
-            "response_format: cannot be kept while tools may be called; send tool_choice none with it",
-            param="response_format",
-        )
-    if asked.choice == "required" and style is not None:
-        return call_grammar(tools, style, parallel=asked.parallel)
-    return grammar
+    if style is None or (grammar is None and asked.choice != "required"):
+        return grammar
+    calls = call_grammar(tools, style, parallel=asked.parallel)
+    return calls if grammar is None or asked.choice == "required" else either(grammar, calls)
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from qnext.pipeline.serve_values import Refused, Unavailable
 
 _log = logging.getLogger(__name__)
 
-_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
+_TYPES = {429: "rate_limit_error", 403: "permission_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -31,7 +31,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 _KINDS_OF_VALUE = ("str", "int", "float", "bool", "dict", "body")
 
 
@@ -78,8 +78,7 @@ def explain_refusal(refused: Refused) -> ApiError:
     numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in refused.numbers.items())
     message = f"{refused.message} ({numbers})" if numbers else refused.message
     code = {"context_full": "context_length_exceeded", "grammar": "invalid_grammar", "empty": "empty_prompt"}
-    param = {"grammar": "response_format", "context_full": "messages"}.get(refused.kind)
-    return ApiError(400, message, param=param, code=code.get(refused.kind, "invalid_value"))
+    return ApiError(400, message, code=code.get(refused.kind, "invalid_value"))
 
 
 def explain_absence(unavailable: Unavailable) -> ApiError:

@@ -4,6 +4,7 @@ function.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from qnext.models.schema_grammar import schema_grammar
 from qnext.models.tool_calls import ToolFormat
 
 _ANY_OBJECT = {"type": "object"}
+_WORDS = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#.*|([A-Za-z][\w-]*)')
+"""Texts, classes of characters and comments of GBNF, and in a group the names of rules."""
 
 
 def call_grammar(tools: Sequence[Mapping[str, Any]], style: ToolFormat, *, parallel: bool) -> str:
@@ -32,6 +35,16 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], style: ToolFormat, *, paral
     more = ' ("\\n" call)*' if parallel else ""
     calls = '"<tool_call>\\n" called "\\n</tool_call>"'
     return f"root ::= call{more}\ncall ::= {calls}\n" + _rename_root(body, "called")
+
+
+def either(one: str, other: str) -> str:
+    """GBNF of what either grammar allows."""
+    return f"root ::= a-root | b-root\n{_prefixed(one, 'a-')}\n{_prefixed(other, 'b-')}"
+
+
+def _prefixed(grammar: str, prefix: str) -> str:
+    """The same grammar with other names for its rules."""
+    return _WORDS.sub(lambda found: prefix + found[0] if found[1] else found[0], grammar)
 
 
 def _call(function: Mapping[str, Any], parameters: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _ERRORS = {
     400: "the request is not valid, or too long for the context",
     401: "the key is missing or wrong",
     403: "the host or the origin is not allowed",
+    408: "the body did not come",
     413: "the body is too large",
     404: "there is nothing of that name",
     415: "the body is not JSON by its type",

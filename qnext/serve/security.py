@@ -8,6 +8,7 @@ instead, and its names are not known, so only `Origin` is looked at.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from ipaddress import ip_address
@@ -22,6 +23,9 @@ OPEN_PATHS = ("/", "/health", "/v1/health")
 """Answered without a key: whether the server is up, and the page (which asks for the key itself)."""
 
 OPEN_FOLDER = "/page/"
+
+BODY_WAIT_S = 60.0
+"""For the next piece of a body; who sends none keeps a connection for nothing."""
 
 MOST_HEADERS, MOST_HEADER_BYTES = 100, 32_768
 
@@ -90,12 +94,18 @@ class Guard:
         stated = headers.get(b"content-length", b"0")
         if not stated.isdigit() or int(stated[:20]) > self._most_bytes:
             raise self._too_large()
-        read = 0
+        read, whole = 0, False
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:  # from here on only the client's leaving is waited for
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_WAIT_S)
+            except TimeoutError:
+                raise ApiError(408, "the body did not come", code="timeout", close=True) from None
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > self._most_bytes:
                 raise self._too_large()
             return message

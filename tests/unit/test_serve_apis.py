@@ -111,7 +111,6 @@ def test_a_format_holds_only_after_thinking_that_the_template_opens() -> None:
     [
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
@@ -138,6 +137,27 @@ def test_a_forced_call_has_the_arguments_of_its_tool() -> None:
     }
     assert "arguments" in call_grammar([unheard], "json", parallel=True)
     assert '("weather")' in call_grammar([TOOL], "xml", parallel=True)
+
+
+def test_a_format_and_tools_together_leave_the_model_the_choice() -> None:
+    held = backend()
+    asked = CHAT | {"tools": [TOOL], "response_format": {"type": "json_object"}}
+    assert post("/v1/chat/completions", asked, backend=held).status_code == 200
+    grammar = str(held.jobs[0].grammar)
+    assert grammar.startswith("root ::= a-root | b-root\n") and 'b-call ::= "<tool_call>' in grammar
+    named = {line.partition(" ::=")[0] for line in grammar.splitlines() if line}
+    assert all(name == "root" or name.startswith(("a-", "b-")) for name in named)
+
+
+def test_the_prompt_can_be_seen_and_counted_without_an_answer() -> None:
+    held = backend()
+    told = post("/apply-template", CHAT, backend=held).json()["prompt"]
+    assert told == "<|user|>hi<|assistant|>"
+    assert post("/v1/chat/completions/input_tokens", CHAT, backend=held).json()["input_tokens"] == len(told)
+    assert post("/v1/responses/input_tokens", {"input": "hi"}, backend=held).json()["input_tokens"] == len(
+        told
+    )
+    assert not held.jobs
 
 
 # Responses

@@ -213,7 +213,7 @@ def test_a_bug_is_a_500_that_tells_nothing_of_the_request() -> None:
 
 
 def test_unknown_addresses_and_methods_have_error_objects_too() -> None:
-    assert check_error(get("/v1/nothing"), 404)["code"] == "not_found"
+    assert check_error(get("/v1/nothing"), 404)["code"] == "unknown_url"
     check_error(get("/v1/chat/completions"), 405)
     assert check_error(get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
 
