@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import cast
 
 from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
@@ -33,6 +34,8 @@ class ServingEngine:
         self._at_work_since: float | None = None
         self._thread: threading.Thread | None = None
         self._error: EngineError | None = None
+        self._under_way = threading.Event()
+        self._stopping = False
         self.totals: Message | None = None
         """What the loop counted in all, once it was stopped."""
 
@@ -44,9 +47,10 @@ class ServingEngine:
         cache_bytes: int = 0,
         stall_s: float | None = None,
     ) -> None:
-        """Begin to serve. `cache_bytes`: what copies of prompts' states may take of the host's memory.
+        """Begin to serve; returns when the loop runs, or has failed.
 
-        `stall_s`: for how long a chunk of a new prompt may hold up running texts, about.
+        `cache_bytes`: what copies of prompts' states may take of the host's memory. `stall_s`: for how long a
+        chunk of a new prompt may hold up running texts, about.
         """
         options: Message = {"cache_bytes": cache_bytes}
         if stall_s is not None:
@@ -55,18 +59,21 @@ class ServingEngine:
             target=self._listen, args=(deliver, on_end, options), name="engine-events", daemon=True
         )
         self._thread.start()
+        self._under_way.wait()
 
     def submit(self, message: Message) -> None:
         """Have a text continued: `message` has an `id`, `tokens` or `text`, and options; `op` is added.
 
         Answers: `refused` (kind, message), or `begun`, `step`s shared with others, and `ended`. Raises
-        EngineError when the engine has ended.
+        EngineError when the engine has ended or is being stopped.
         """
         self._ask({**message, "op": "submit"})
 
     def drop(self, request: int) -> None:
         """Nobody wants `request` any more: it ends (`dropped`) within one step, if it is under way."""
-        self._send({"op": "drop", "id": request})
+        with self._lock:
+            if not self._stopping:
+                self._session.send({"op": "drop", "id": request})
 
     def tokenize(self, request: int, text: str, *, special: bool = True, add_bos: bool = False) -> None:
         """Ask for the token ids of `text`; answered by `tokens`."""
@@ -85,23 +92,25 @@ class ServingEngine:
 
         False if that took longer than `timeout_s`: closing the session is what is left.
         """
-        self._send({"op": "stop"})
+        with self._lock:
+            if not self._stopping and self._error is None:
+                self._session.send({"op": "stop"})
+            self._stopping = True
         if self._thread is not None:
             self._thread.join(timeout_s)
             return not self._thread.is_alive()
         return True
 
     def _ask(self, message: Message) -> None:
-        if self._error is not None:
-            raise self._error
         with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._stopping:
+                raise EngineError("the engine is being stopped", hint="Start it again to go on.")
             if not self._asked:
                 self._at_work_since = time.monotonic()
             self._asked.add(message.get("id"))
-        self._send(message)
-
-    def _send(self, message: Message) -> None:
-        self._session.send(message)
+            self._session.send(message)
 
     def _answered(self, request: object) -> None:
         with self._lock:
@@ -114,12 +123,18 @@ class ServingEngine:
     ) -> None:
         try:
             for message in self._session.serve(options, at_work_since=lambda: self._at_work_since):
+                if message["event"] == "serving":
+                    self._under_way.set()
+                    continue
                 if message["event"] == "done":
-                    self.totals = message
+                    self.totals = cast(Message, message["totals"])
                     continue
                 if message["event"] in _ANSWERS:
                     self._answered(message.get("id"))
                 deliver(message)
         except EngineError as error:
-            self._error = error
+            with self._lock:
+                self._error = error
             on_end(error)
+        finally:
+            self._under_way.set()

@@ -172,6 +172,9 @@ def test_stop_ends_what_is_under_way_and_tells_the_totals(session: EngineSession
     assert client.until("ended", identity)["reason"] == "dropped"
     assert client.engine.totals is not None
     assert client.events.empty()
+    with pytest.raises(EngineError, match="stopped"):
+        client.submit()
+    assert session.tokenize("a"), "the session is free again"
 
 
 def test_a_killed_child_is_told_once_and_explained(demo_model: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from qnext.models.synth import DEMO_SENTENCE
@@ -49,6 +52,33 @@ def test_log_probabilities_are_of_the_model_and_name_the_best(client: Client) ->
     identity = client.submit(max_tokens=1, logprobs=0)
     client.finish(identity)
     assert client.steps(identity)[0][4] == []
+
+
+_SHORT_WAY = """
+import json
+import numpy as np
+from qnext.engine.llama.sampler import Candidates, Sampler
+from qnext.engine.llama.sampling import read_sampling
+size = 5000
+candidates = Candidates(size)
+prompt = np.arange(100, dtype=np.int32)
+for options in ({}, {"top_k": 5}, {"presence_penalty": 2, "frequency_penalty": 1}, {"repeat_penalty": 1.3}):
+    sampling = read_sampling({**options, "seed": 4, "temperature": 1.5}, vocabulary=size, context=2048)
+    short = Sampler(sampling, candidates, prompt, vocabulary=size)
+    long = Sampler(sampling, candidates, prompt, vocabulary=size)
+    assert short._best
+    long._best = 0
+    rng = np.random.default_rng(1)
+    for spread in (0.01, 1.0, 3.0, 10.0) * 10:
+        logits = rng.normal(0, spread, size).astype(np.float32)
+        logits[:100] += spread
+        assert short.choose(logits) == long.choose(logits), (options, spread)
+"""
+
+
+def test_the_short_way_to_a_token_draws_what_the_long_way_draws() -> None:
+    result = subprocess.run([sys.executable, "-c", _SHORT_WAY], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 # --- grammar --------------------------------------------------------------------------------------------

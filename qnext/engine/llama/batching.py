@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from qnext.engine.llama.batch import Batch
 from qnext.engine.llama.binding import EngineFailure, logits_address
 from qnext.engine.llama.context import Context
 from qnext.engine.llama.job import Job
-from qnext.engine.llama.prompt_cache import Held, PromptCache
+from qnext.engine.llama.prompt_cache import WORTH_WAITING, Held, PromptCache
 from qnext.engine.llama.sampler import DeadEnd, Logits, log_probabilities
 from qnext.engine.llama.scheduler import ChunkPolicy, Waiting
 from qnext.engine.llama.signals import Signals
@@ -68,6 +69,7 @@ class Batcher:
             context.handle,
             sequences=placement.parallel,
             limit=context.limit,
+            unified=placement.kv_unified,
             swa_full=placement.swa_full,
             budget_bytes=cache_bytes,
         )
@@ -158,8 +160,11 @@ class Batcher:
 
     def _begin_jobs(self) -> None:
         """Give free sequences to those that wait, in the order they came."""
-        while self._queue and len(self._active) < len(self._cache.sequences):
-            job = self._queue.popleft()
+        free = len(self._cache.sequences) - len(self._active)
+        for job in list(islice(self._queue, 2 * free)):
+            if len(self._active) == len(self._cache.sequences) or self._had_better_wait(job):
+                continue
+            self._queue.remove(job)
             asked = job.asked
             job.held = held = self._cache.take(asked.tokens, reuse=asked.cache)
             job.cached = held.count
@@ -177,6 +182,16 @@ class Batcher:
                 cached_tokens=job.cached,
                 queued_ns=job.queued_ns,
             )
+
+    def _had_better_wait(self, job: Job) -> bool:
+        """Whether a prompt under evaluation is about to have much of this one's beginning done."""
+        if not job.asked.cache:
+            return False
+        prompt, coming = job.asked.tokens, 0
+        for other in self._active.values():
+            if other.pending is None and other.held is not None:
+                coming = max(coming, self._cache.coming_reach(other.asked.tokens, other.pauses, prompt))
+        return coming >= WORTH_WAITING and coming >= self._cache.best_reach(prompt) + WORTH_WAITING
 
     def _fill(self, shares: dict[int, int]) -> None:
         """The step's batch, in the order of sequences: only rising neighbours are evaluated together."""

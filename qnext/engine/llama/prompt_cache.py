@@ -36,6 +36,9 @@ WORTH_SHARING = 32
 WORTH_FETCHING = 64
 """Tokens that a copy must save more than what a free sequence still holds."""
 
+WORTH_WAITING = 64
+"""Tokens that another prompt must be about to evaluate for a prompt to wait for them."""
+
 Bytes = NDArray[np.uint8]
 
 
@@ -88,10 +91,19 @@ class PromptCache:
     """The sequences of `context`. `budget_bytes` is what copies may take of the host's memory together."""
 
     def __init__(
-        self, model: Any, context: Any, *, sequences: int, limit: int, swa_full: bool, budget_bytes: int
+        self,
+        model: Any,
+        context: Any,
+        *,
+        sequences: int,
+        limit: int,
+        unified: bool,
+        swa_full: bool,
+        budget_bytes: int,
     ) -> None:
         lib = llama()
         self._context = context
+        self._unified = unified
         self._memory = lib.llama_get_memory(context)
         self.uncuttable = bool(
             lib.llama_model_is_hybrid(model)
@@ -130,12 +142,14 @@ class PromptCache:
         self._clock += 1
         free = [held for held in self.sequences if not held.busy]
         reached = {held.index: self._reach(held, prompt) if reuse else 0 for held in free}
-        saved = max(self._saved, key=lambda item: self._reach(item, prompt), default=None) if reuse else None
         best = max(free, key=lambda held: reached[held.index])
         worth = reached[best.index]
-        if saved is not None and self._reach(saved, prompt) > worth + WORTH_FETCHING:
+        others: list[Held | _Saved] = [*self._saved] if reuse else []
+        others += [held for held in self.sequences if held.busy and reuse]
+        other = max(others, key=lambda item: self._reach(item, prompt), default=None)
+        if other is not None and self._reach(other, prompt) > worth + WORTH_FETCHING:
             best = self._make_room(free)
-            self._fetch(saved, best)
+            self._fetch(other, best)
         elif worth < WORTH_SHARING and worth < max(1, best.count):
             best = self._make_room(free)
         elif best.count - worth >= WORTH_KEEPING and not self._save(best) and 2 * worth < best.count:
@@ -143,6 +157,17 @@ class PromptCache:
         self._go_back(best, self._reach(best, prompt) if reuse else 0)
         best.busy, best.used = True, self._clock
         return best
+
+    def best_reach(self, prompt: Tokens) -> int:
+        """Tokens of `prompt` that `take` would find evaluated now."""
+        return max((self._reach(source, prompt) for source in self._owners()), default=0)
+
+    def coming_reach(self, evaluating: Tokens, pauses: Sequence[int], prompt: Tokens) -> int:
+        """Tokens of `prompt` that another one under evaluation, with `pauses` to come, will have to offer."""
+        common = _common(evaluating, prompt)
+        if not self.uncuttable:
+            return common
+        return max((position for position in pauses if position <= common), default=0)
 
     def release(self, held: Held) -> None:
         """The sequence is free again; what it holds may still be of use."""
@@ -164,9 +189,7 @@ class PromptCache:
 
     def _reach(self, source: Held | _Saved, prompt: Tokens) -> int:
         """Tokens at the beginning of `prompt` that need no evaluation if it follows on `source`."""
-        most = min(source.count, len(prompt) - 1)
-        differing = np.flatnonzero(source.tokens[:most] != prompt[:most])
-        common = int(differing[0]) if len(differing) else most
+        common = _common(source.tokens[: source.count], prompt)
         if common == source.count or not self.uncuttable:
             return common
         return max((copy.position for copy in source.checkpoints if copy.position <= common), default=0)
@@ -224,6 +247,8 @@ class PromptCache:
         if not self.uncuttable or not self.budget_bytes:
             return []
         inside = [position for position in boundaries if held.count < position < length]
+        if boundaries and not inside:
+            return []
         last = inside[-1] if inside else length - CHECKPOINT_TAIL
         wanted, before = [], self._last_checkpoint(held)
         for position in (*inside[:-1], last):
@@ -264,24 +289,44 @@ class PromptCache:
         self._saved.append(_Saved(tokens, data, list(held.checkpoints), self._clock))
         return True
 
-    def _fetch(self, saved: _Saved, held: Held) -> None:
-        """Make an empty sequence hold what was saved; it stays empty if that does not fit."""
-        saved.used = self._clock
-        read = llama().llama_state_seq_set_data_ext(
-            self._context, _pointer(saved.data), saved.data.nbytes, held.index, 0
-        )
-        if not read:
+    def _fetch(self, source: Held | _Saved, held: Held) -> None:
+        """Make an empty sequence hold what `source` does; it stays empty if that cannot be done.
+
+        Between sequences of one cache, llama_memory_seq_cp only notes that cells are shared. Between caches
+        it would put the copy off to the next decode, when the source may be another already; so it goes
+        through the host's memory.
+        """
+        source.used = self._clock
+        lib = llama()
+        if isinstance(source, _Saved):
+            fetched = self._put(source.data, held)
+        elif self._unified:
+            lib.llama_memory_seq_cp(self._memory, source.index, held.index, -1, -1)
+            fetched = True
+        else:
+            data = self._read(source.index, 0)
+            fetched = data is not None and self._put(data, held)
+        if not fetched:
             self.clear(held)
             return
-        held.append(saved.tokens)
-        held.checkpoints = list(saved.checkpoints)
+        held.append(source.tokens[: source.count])
+        held.checkpoints = list(source.checkpoints)
+
+    def _put(self, data: Bytes, held: Held) -> bool:
+        """Write the copy of a whole sequence into an empty one."""
+        return bool(
+            llama().llama_state_seq_set_data_ext(self._context, _pointer(data), data.nbytes, held.index, 0)
+        )
 
     def _copy(self, sequence: int, flags: int) -> Bytes | None:
-        """A copy of a sequence's state; None if the budget or the memory has no room for it."""
+        """A copy of a sequence's state to be kept; None if the budget or the memory has no room for it."""
+        size = llama().llama_state_seq_get_size_ext(self._context, sequence, flags)
+        return self._read(sequence, flags) if self._free_bytes(size) else None
+
+    def _read(self, sequence: int, flags: int) -> Bytes | None:
+        """A copy of a sequence's state; None if there is no memory for it."""
         lib = llama()
         size = lib.llama_state_seq_get_size_ext(self._context, sequence, flags)
-        if not self._free_bytes(size):
-            return None
         try:
             data = np.empty(size, np.uint8)
         except MemoryError:
@@ -303,6 +348,13 @@ class PromptCache:
             for owner in self._owners():
                 owner.checkpoints = [other for other in owner.checkpoints if other is not copy]
         return True
+
+
+def _common(tokens: Tokens, prompt: Tokens) -> int:
+    """How many tokens both begin with, all of `prompt` but one at most."""
+    most = min(len(tokens), len(prompt) - 1)
+    differing = np.flatnonzero(tokens[:most] != prompt[:most])
+    return int(differing[0]) if len(differing) else most
 
 
 def _begins(part: Held | _Saved, whole: Held | _Saved) -> bool:

@@ -29,6 +29,10 @@ _NEAR = 8.0
 """Logits this far below the best one are tried first; where they are too few, all are taken."""
 
 
+LEAST = -9999.0
+"""The log-probability of what cannot be: JSON has no infinity."""
+
+
 class GrammarError(ValueError):
     """The grammar cannot be read."""
 
@@ -209,5 +213,5 @@ def log_probabilities(logits: Logits, token: int, top: int) -> tuple[float, list
         count = min(top, len(logits))
         near = np.argpartition(logits, len(logits) - count)[-count:]
         order = near[np.lexsort((near, -logits[near]))]
-        best = [(int(index), float(logits[index]) - total) for index in order]
-    return float(logits[token]) - total, best
+        best = [(int(index), max(LEAST, float(logits[index]) - total)) for index in order]
+    return max(LEAST, float(logits[token]) - total), best

@@ -61,6 +61,7 @@ class Serving:
     def run(self) -> dict[str, Any]:
         """Serve until `stop`. Raises Cancelled, and EngineFailure when the context is of no more use."""
         self._context.memory.clear()
+        self._signals.stream("serving")
         try:
             while not self._stopped:
                 self._read_requests()

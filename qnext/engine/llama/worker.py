@@ -71,6 +71,8 @@ def main() -> None:
     channel.reply("ready", pid=os.getpid())
     while True:
         request = channel.inbox.get()
+        if "id" in request or request["op"] == "stop":
+            continue  # meant for a serving loop that has ended meanwhile
         started = time.perf_counter_ns()
         try:
             result = runtime.handle(request)
