@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -21,6 +22,8 @@ from qnext.serve.errors import ApiError, explain_absence, explain_refusal
 T = TypeVar("T")
 
 PING_S = 15.0
+STUCK_PINGS = 8
+"""Two minutes in which a client takes nothing of what is ready for it: it counts as gone."""
 PING = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -46,17 +49,19 @@ class EventStream(Response):
         super().__init__(None, 200, _HEADERS)
         del self.headers["content-length"]
         self._events, self._on_error, self._ping_s = events, on_error, ping_s
-        self._started = self._quiet = False
+        self._started = self._quiet = self._sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end of the answer or of the connection."""
         writer = asyncio.create_task(self._write(send))
         gone = asyncio.create_task(_until_gone(receive))
+        stuck = 0
         try:
-            while not (writer.done() or gone.done()):
+            while not (writer.done() or gone.done()) and stuck < STUCK_PINGS:
                 self._quiet = True
                 await asyncio.wait((writer, gone), timeout=self._ping_s, return_when=asyncio.FIRST_COMPLETED)
-                if self._quiet and not (writer.done() or gone.done()):
+                stuck = stuck + 1 if self._quiet and self._sending else 0
+                if self._quiet and not (self._sending or writer.done() or gone.done()):
                     await self._send(send, PING)
             if writer.done():
                 writer.result()
@@ -65,8 +70,9 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         try:
-            async for event in self._events:
-                await self._send(send, event)
+            async with aclosing(self._events):  # cancelled while it sends, the answer has to be closed too
+                async for event in self._events:
+                    await self._send(send, event)
         except (ApiError, Refused, Unavailable) as error:
             if not self._started:
                 raise
@@ -74,11 +80,12 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
-        self._quiet = False
+        self._quiet, self._sending = False, True
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending = False
 
 
 def event(data: bytes) -> bytes:
