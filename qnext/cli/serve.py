@@ -154,7 +154,7 @@ def serve(
     Example: qnext serve demo --port 8080
     """
     from qnext.config import find_paths
-    from qnext.pipeline.serving_engines import choose_engine
+    from qnext.serve.port import bind
 
     signal.signal(signal.SIGTERM, _end_quietly)
     keys = _read_keys(api_key_env or ())
@@ -163,12 +163,11 @@ def serve(
     turn = _turn(workload, prompt, generate, depth)
     request = make_request(model or "", replace(flags, parallel=parallel), turn)
     request = replace(request, tuned=tuned)
-    taken = choose_engine(engine, llama_server)
     paths = find_paths()
-
-    from qnext.serve.listening import bind
-
     with bind(host, port, has_key=bool(keys)) as bound:
+        from qnext.pipeline.serving_engines import choose_engine
+
+        taken = choose_engine(engine, llama_server)
         if model is None:
             request = propose_model(request, paths, yes=yes)
         request = with_model_here(request, paths, yes=yes, silent=json_output)
@@ -242,34 +241,36 @@ def _serve_here(
     from qnext.cli.main import INTERRUPTED
     from qnext.pipeline.serving import Supervisor
     from qnext.serve.app import make_app
-    from qnext.serve.listening import HttpServer, address_of
-
-    supervisor = Supervisor(request, paths, note)
-    server: HttpServer | None = None
+    from qnext.serve.listening import HttpServer
+    from qnext.serve.port import address_of
 
     async def drain(grace_s: float) -> None:
         if supervisor.running:
             note(f"stopping; running answers get up to {grace_s:g} s, Ctrl-C again ends them")
         await supervisor.drain(grace_s)
 
-    async def run() -> None:
-        nonlocal server
+    async def run() -> int | None:
         server = HttpServer(make_app(supervisor, settings), bound, grace_s)
-        watching = asyncio.create_task(_watch(supervisor, server, url_said))
+        watching = asyncio.create_task(
+            _watch(supervisor, server, lambda: _say_ready(supervisor, url, json_output))
+        )
         supervisor.start()
         await server.run(drain)
+        if watching.done():
+            watching.result()
         watching.cancel()
+        return server.signal
 
-    def url_said() -> None:
-        _say_ready(supervisor, address_of(bound), json_output)
-
+    supervisor, url = Supervisor(request, paths, note), address_of(bound)
     try:
-        asyncio.run(run())
+        ended_by = asyncio.run(run())
     finally:
         supervisor.close()
-    if supervisor.model is None and supervisor.error is not None:
-        raise supervisor.error
-    return INTERRUPTED if server is not None and server.signal == signal.SIGINT else 0
+    if supervisor.model is None and ended_by is None:
+        if supervisor.error is not None:
+            raise supervisor.error
+        return 1  # a fault of ours, which has said so itself
+    return INTERRUPTED if ended_by == signal.SIGINT else 0
 
 
 async def _watch(supervisor: Supervisor, server: HttpServer, on_ready: Callable[[], None]) -> None:

@@ -33,7 +33,7 @@ def serve_with_llama_server(
     from qnext.pipeline.serving import served_name
     from qnext.pipeline.serving_engines import plan_for_server
     from qnext.pipeline.serving_llama import LlamaServer
-    from qnext.serve.listening import address_of
+    from qnext.serve.port import address_of
 
     planned = plan_for_server(request, taken, paths, note)
     plan, url = planned.plan, address_of(bound)

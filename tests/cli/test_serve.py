@@ -24,8 +24,9 @@ import pytest
 from qnext.config import find_paths
 from qnext.engine.fit import find_fit_program
 from qnext.engine.rpc import free_port
-from qnext.errors import EngineError
+from qnext.errors import EngineError, UsageError
 from qnext.models.synth import DEMO_SENTENCE
+from qnext.serve.port import bind
 from tests.conftest import Qnext
 from tests.unit.test_export import read_systemd
 
@@ -213,7 +214,7 @@ def test_nobody_without_a_key_is_let_in_from_outside(qnext: Qnext) -> None:
     assert empty.returncode == 2 and "QNEXT_API_KEY" in empty.stderr
 
 
-def test_a_foreign_server_on_the_port_is_told_from_a_qnext(qnext: Qnext) -> None:
+def test_a_foreign_server_on_the_port_is_told_from_a_qnext() -> None:
     class Foreign(http.server.BaseHTTPRequestHandler):
         server_version, sys_version = "Fancy/1", ""
 
@@ -226,12 +227,19 @@ def test_a_foreign_server_on_the_port_is_told_from_a_qnext(qnext: Qnext) -> None
 
     with http.server.HTTPServer(("127.0.0.1", 0), Foreign) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
-        ran = qnext("serve", "demo", "--port", str(foreign.server_port))
+        with pytest.raises(UsageError, match="another program, which calls itself Fancy/1"):
+            bind("127.0.0.1", foreign.server_port, has_key=False)
         foreign.shutdown()
-    assert ran.returncode == 2 and "another program, which calls itself Fancy/1" in ran.stderr
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        ran = qnext("serve", "demo", "--port", str(silent.getsockname()[1]))
-    assert ran.returncode == 2 and "another program" in ran.stderr
+        threading.Thread(target=lambda: silent.accept()[0].close(), daemon=True).start()
+        with pytest.raises(UsageError, match="another program and that is not qnext"):
+            bind("127.0.0.1", silent.getsockname()[1], has_key=False)
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", ""])
+def test_an_address_that_cannot_be_listened_on_is_a_usage_error(host: str) -> None:
+    with pytest.raises(UsageError):
+        bind(host, 0, has_key=host != "").close()
 
 
 def test_a_model_that_does_not_fit_ends_it_as_it_ends_a_run(qnext: Qnext) -> None:
@@ -263,7 +271,7 @@ def test_llama_server_serves_behind_the_same_command_and_goes_with_it(serve: Ser
 
 
 def test_there_is_no_engine_of_another_name(qnext: Qnext) -> None:
-    ran = qnext("serve", "demo", "--engine", "vllm")
+    ran = qnext("serve", "demo", "--engine", "vllm", "--port", "0")
     assert ran.returncode == 2 and "llama-server" in ran.stderr
-    ran = qnext("serve", "demo", "--engine", "llama-server", env={"PATH": ""})
+    ran = qnext("serve", "demo", "--engine", "llama-server", "--port", "0", env={"PATH": ""})
     assert ran.returncode == 7 and "--llama-server PATH" in ran.stderr
