@@ -12,7 +12,7 @@ from qnext.config import Paths
 from qnext.engine.build import installed_build
 from qnext.engine.others import find_other_engines
 from qnext.errors import EngineError, UsageError
-from qnext.hardware import Machine, detect_machine
+from qnext.hardware import Gpu, Machine, detect_machine
 from qnext.models.hub_cache import hub_folder
 from qnext.pipeline.engine_devices import merge_devices
 from qnext.pipeline.planning import ChosenModel, PlannedModel, choose_quant_here, plan_chosen, require_fit
@@ -64,18 +64,15 @@ def choose_engine(asked: str, program: str | None) -> EngineChoice:
             return EngineChoice(None)  # what needs it says how to install it
         return EngineChoice(found, f"{PROGRAM}, for llama-cpp-python is not installed", list_devices(found))
     machine = detect_machine(hub_folder(os.environ))
-    idle = [gpu for gpu in machine.gpus if backend_of(gpu) not in build.backends]
+    idle = [at for at, gpu in enumerate(machine.gpus) if backend_of(gpu) not in build.backends]
     if found is None or not idle:
         return EngineChoice(None)
     devices = list_devices(found)
-    with_server = _gpus_of(machine, devices)
-    gained = [
-        gpu for gpu in with_server.gpus if gpu.index is not None and backend_of(gpu) not in build.backends
-    ]
+    merged = _merge(machine, devices).gpus  # the machine's own in their order, then those it did not know
+    gained = [merged[at] for at in idle if _is_listed(merged[at], devices)]
     if not gained:
-        return EngineChoice(
-            None, f"python; {idle[0].name or 'a GPU'} stays idle: {PROGRAM} cannot use it either"
-        )
+        name = machine.gpus[idle[0]].name or "a GPU"
+        return EngineChoice(None, f"python; {name} stays idle: {PROGRAM} cannot use it either")
     return EngineChoice(
         found,
         f"{PROGRAM}, for it can use {gained[0].name or 'the GPU'} and this Python's build cannot; "
@@ -93,10 +90,8 @@ def plan_for_server(request: Request, taken: EngineChoice, paths: Paths, notice:
     around = chosen.surroundings
     if around.this_machine:
         machine = detect_machine(hub_folder(os.environ))
-        listed = _gpus_of(replace(around.machine, gpus=machine.gpus), taken.devices)
-        names = {device.partition(": ")[0] for device in taken.devices}
-        usable = (gpu for gpu in listed.gpus if gpu.index is not None and engine_name(gpu, 0) in names)
-        machine = replace(listed, gpus=tuple(usable))
+        merged = _merge(replace(around.machine, gpus=machine.gpus), taken.devices)
+        machine = replace(merged, gpus=tuple(gpu for gpu in merged.gpus if _is_listed(gpu, taken.devices)))
         if machine.gpus != around.machine.gpus:
             around = replace(around, machine=machine, build=None, speeds=machine_speeds(machine), warnings=())
             chosen = ChosenModel(chosen.model, around, chosen.candidates, chosen.why)
@@ -119,7 +114,12 @@ def _find(program: str | None) -> str | None:
     return None if found is None else str(Path(found).absolute())
 
 
-def _gpus_of(machine: Machine, devices: Iterable[str]) -> Machine:
+def _is_listed(gpu: Gpu, devices: Iterable[str]) -> bool:
+    return gpu.index is not None and engine_name(gpu, 0) in {one.partition(": ")[0] for one in devices}
+
+
+def _merge(machine: Machine, devices: Iterable[str]) -> Machine:
+    """`machine` with its GPUs as llama-server numbers them."""
     listed = [
         {"name": name, "description": what, "kind": "gpu", "total_bytes": None, "free_bytes": None}
         for name, _, what in (device.partition(": ") for device in devices)
