@@ -196,9 +196,15 @@ def _strike_cells(home: Path, procs: Path) -> Figure:
     ]
     explained = [name for name in names if results[name].status in EXPLAINED and results[name].because]
     said = sorted({f"{results[name].status}: {results[name].because.split(';')[0]}" for name in names})
+    lost = {
+        name: one.status
+        for name, one in results.items()
+        if name not in {*ranked, *names} and one.cell in cells
+    }
     good = len(ranked) == CELLS - len(names) and len(explained) == len(names) and run.result.winner in ranked
     detail = (
         f"{len(ranked)} ranked, {len(explained)} explained ({' | '.join(said)}); winner '{run.result.winner}'"
+        + (f"; neither: {lost}" if lost else "")
     )
     return Figure(len(ranked) + len(explained), "cells", good, detail)
 
