@@ -76,10 +76,13 @@ def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None
             )
         variables = {name: value for name, value in asked.variables.items() if name not in _RESERVED}
         thinking = variables.pop("enable_thinking", asked.thinking)
+        if thinking is not None and not isinstance(thinking, bool):
+            param = "chat_template_kwargs.enable_thinking"
+            raise ApiError(400, f"{param}: Input should be a valid boolean", param=param)
         text = model.template.render(
             asked.messages,
             tools=tools,
-            enable_thinking=thinking if isinstance(thinking, bool) else None,
+            enable_thinking=thinking,
             **variables,
         )
     except ModelError as error:

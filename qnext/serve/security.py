@@ -2,8 +2,8 @@
 
 A server on loopback is still reachable from every web page its user opens: by a cross-site request, or by a
 name that first resolves to the page's server and then to 127.0.0.1 (DNS rebinding). The first carries an
-`Origin`, the second a `Host` that is not loopback; both are refused. A server on a public address has keys
-instead, and its names are not known, so only `Origin` is looked at.
+`Origin`, the second a `Host` that is not loopback; both are refused. Where there are keys, a page would need
+one, so neither is looked at: such a server may have names of its own, behind a proxy for example.
 """
 
 from __future__ import annotations
@@ -58,26 +58,30 @@ class Guard:
         if len(raw) > MOST_HEADERS or sum(len(name) + len(value) for name, value in raw) > MOST_HEADER_BYTES:
             raise ApiError(431, "the headers are too large", code="headers_too_large", close=True)
         headers = dict(raw)
+        path: str = scope["path"]
+        if not self._keys:
+            self._check_page(headers)
+        elif path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            self._check_key(headers)
+        return headers
+
+    def _check_page(self, headers: dict[bytes, bytes]) -> None:
+        """Raises ApiError for a request that a foreign page makes."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self._loopback and host and not is_loopback(_name_of(host)):
             raise ApiError(
                 403,
-                "this server answers only under a name of this machine's loopback, such as 127.0.0.1",
+                "this server answers only under a name of this machine's loopback, such as 127.0.0.1, "
+                "as long as it has no key",
                 code="host_not_allowed",
             )
-        self._check_origin(headers, host)
-        path: str = scope["path"]
-        if self._keys and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
-            self._check_key(headers)
-        return headers
-
-    def _check_origin(self, headers: dict[bytes, bytes], host: str) -> None:
         if b"origin" not in headers or "*" in self._origins:
             return
         origin = headers[b"origin"].decode("latin-1").lower().rstrip("/")
-        if origin in self._origins or (host and origin in (f"http://{host}", f"https://{host}")):
-            return
-        raise ApiError(403, "web pages of other origins may not use this server", code="origin_not_allowed")
+        if origin not in self._origins and not (host and origin in (f"http://{host}", f"https://{host}")):
+            raise ApiError(
+                403, "web pages of other origins may not use this server", code="origin_not_allowed"
+            )
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

@@ -117,6 +117,7 @@ def test_a_format_holds_only_after_thinking_that_the_template_opens() -> None:
             "response_format",
         ),
         ({"grammar": "no"}, "grammar"),
+        ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs.enable_thinking"),
     ],
 )
 def test_wishes_that_cannot_be_kept_are_refused(more: dict[str, Any], param: str) -> None:
