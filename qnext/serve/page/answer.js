@@ -70,10 +70,10 @@ export class Answer {
     this.#markdown.finish();
     this.#endThinking();
     for (const { frame, call } of this.#frames) frame.textContent = pretty(call.function.arguments);
-    const notes = [...warnings];
-    if (ENDS[reason]) notes.push(ENDS[reason]);
-    else if (!this.text.trim() && !this.calls.length) notes.push("The answer has no text.");
-    for (const note of notes) this.node.insertBefore(make("p", note, "note"), this.#figures);
+    let end = ENDS[reason];
+    if (!end && !this.text.trim() && !this.calls.length) end = "The answer has no text.";
+    this.#figures.before(...warnings.map((words) => make("p", words, "note")));
+    if (end) this.#figures.before(make("p", end, "end"));
     this.#tellSpeed(usage, timings);
   }
 

@@ -16,6 +16,7 @@ const settings = at("ask").elements;
 let messages = []; // as they are sent; kept nowhere else
 let running = null; // AbortController of the answer under way
 let pending = null; // the answer whose calls wait for results
+let seenTop = 0; // where the log was scrolled to
 let following = true; // the newest text stays in view until the reader scrolls up
 
 const watch = new Watch({
@@ -25,6 +26,7 @@ const watch = new Watch({
     const usual = props.default_generation_settings.params.temperature;
     if (usual !== undefined) settings.temperature.placeholder = String(Math.round(usual * 1000) / 1000);
     at("thinking-field").hidden = !props.chat_template.includes("enable_thinking");
+    at("tools-field").hidden = !props.chat_template.includes("tools");
   },
 });
 
@@ -104,6 +106,8 @@ async function requestPatiently(body, answer, signal) {
       } catch (error) {
         if (!(error instanceof Failure) || error.retryAfterS === null || tries === MOST_TRIES) throw error;
         answer.node.prepend(told);
+        follow();
+        say(`${sentence(error.message)} It is tried again.`);
         for (let left = Math.max(error.retryAfterS, 1); left > 0; left -= 1) {
           told.textContent = `${sentence(error.message)} Trying again in ${plural(left, "second")}.`;
           await pause(1000, signal);
@@ -158,7 +162,7 @@ function readSettings() {
   if (temperature.value) body.temperature = temperature.valueAsNumber;
   if (tokens.value) body.max_tokens = tokens.valueAsNumber;
   if (thinking.value) body.chat_template_kwargs = { enable_thinking: thinking.value === "on" };
-  if (tools.value.trim()) {
+  if (tools.value.trim() && !at("tools-field").hidden) {
     try {
       body.tools = JSON.parse(tools.value);
     } catch (error) {
@@ -211,8 +215,11 @@ function stop() {
 }
 
 log.addEventListener("scroll", () => {
-  following = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX;
+  const near = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX;
+  if (near || log.scrollTop < seenTop) following = near; // only a move up is the reader's for sure
+  seenTop = log.scrollTop;
 });
+new ResizeObserver(follow).observe(log);
 box.addEventListener("input", grow);
 settings.tools.addEventListener("input", () => settings.tools.setCustomValidity(""));
 box.addEventListener("keydown", (event) => {
