@@ -16,10 +16,14 @@ import httpx2
 import pytest
 
 from qnext.config import find_paths
+from qnext.models.answer import AnswerParser, gather_answer
+from qnext.models.response_grammar import response_grammar
 from qnext.pipeline.request import Request
 from qnext.pipeline.serving import Supervisor
 from qnext.serve.app import make_app
-from qnext.serve.listening import HttpServer, address_of, bind
+from qnext.serve.forcing import call_grammar, either
+from qnext.serve.listening import HttpServer
+from qnext.serve.port import address_of, bind
 from qnext.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.engine
@@ -80,7 +84,11 @@ def on_a_port(backend: Supervisor, question: Ask[T]) -> T:
 
 def said(answer: httpx2.Response) -> str:
     assert answer.status_code == 200, answer.text
-    return str(answer.json()["choices"][0]["message"]["content"])
+    return said_in(answer.json())
+
+
+def said_in(told: dict[str, Any]) -> str:
+    return str(told["choices"][0]["message"]["content"])
 
 
 def data(answer: httpx2.Response) -> list[dict[str, Any]]:
@@ -156,6 +164,45 @@ def test_a_format_is_kept_whatever_the_model_would_say(backend: Supervisor) -> N
     assert set(told) == {"ok", "n"} and type(told["ok"]) is bool and 1 <= told["n"] <= 9
     bad = CHAT | {"grammar": "root ::= nothing"}
     assert post(backend, "/v1/chat/completions", bad).json()["error"]["code"] == "invalid_grammar"
+
+
+def test_a_forced_call_is_a_call_of_that_tool(backend: Supervisor) -> None:
+    parameters = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tools = [{"type": "function", "function": {"name": "count", "parameters": parameters}}]
+    free = response_grammar({"type": "json_object"})
+    for style in ("json", "xml"):
+        forced = call_grammar(tools, style, parallel=False)
+        for grammar in (forced, either(str(free), forced)):
+            asked = {"prompt": "Hello", "max_tokens": 60, "temperature": 0, "grammar": grammar}
+            answer = post(backend, "/v1/completions", asked)
+            assert answer.status_code == 200, answer.text
+        asked["grammar"] = forced
+        parser = AnswerParser("", tools=tools, style=style)
+        text = post(backend, "/v1/completions", asked).json()["choices"][0]["text"]
+        calls = gather_answer([*parser.feed(text), *parser.finish()]).calls
+        assert [call.name for call in calls] == ["count"], text
+        if style == "json":
+            assert type(json.loads(calls[0].arguments)["n"]) is int
+
+
+def test_the_second_turn_of_a_chat_reads_only_what_is_new(backend: Supervisor) -> None:
+    system = {"role": "system", "content": "You are a demo. " * 8}
+    first = [system, {"role": "user", "content": "Hello"}]
+    told = post(backend, "/v1/chat/completions", CHAT | {"messages": first}).json()
+    second = [*first, told["choices"][0]["message"], {"role": "user", "content": "And now?"}]
+    again = post(backend, "/v1/chat/completions", CHAT | {"messages": second}).json()
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= told["usage"]["prompt_tokens"] - 8
+    assert again["timings"]["prompt_n"] == again["usage"]["prompt_tokens"] - cached
+    fresh = post(backend, "/v1/chat/completions", CHAT | {"messages": second, "cache_prompt": False}).json()
+    assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert said_in(fresh) == said_in(again)
+
+
+def test_the_servers_limit_of_time_ends_an_answer_with_an_error(backend: Supervisor) -> None:
+    endless = CHAT | {"max_tokens": -1, "ignore_eos": True}
+    answer = ask(backend, lambda http: http.post("/v1/chat/completions", json=endless), deadline_s=0.1)
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline"
 
 
 def test_a_prompt_over_the_context_is_a_400_with_the_numbers(backend: Supervisor) -> None:
