@@ -63,6 +63,7 @@ class Supervisor:
         self._engine: ServingEngine | None = None
         self._served: ServedModel | None = None
         self._restarts = Restarts()
+        self._warned: set[str] = set()
         self._load_s = _LOADING_RETRY_S
         self._thread = threading.Thread(target=self._live, name="supervisor", daemon=True)
         self.planned: PlannedModel | None = None
@@ -207,7 +208,9 @@ class Supervisor:
         self._load_s = max(1.0, model.opened.load_ns / 1e9)
         self.planned, self._served = model.planned, describe_served(model)
         for warning in model.warnings:
-            self._notice(warning)
+            if warning not in self._warned:
+                self._notice(warning)
+        self._warned.update(model.warnings)
         self._engine, self.engine_pid = engine, model.session.pid
         self._status = Status("ok", 1.0)
         death = self._news.get()

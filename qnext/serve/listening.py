@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -60,28 +61,35 @@ class HttpServer:
     async def run(self, drain: Callable[[float], Awaitable[None]]) -> None:
         """Serve; then take no new connections, let `drain` finish what runs, and close.
 
-        A second signal ends it without waiting. `signal` is then the first one's number.
+        `drain(0)` ends what runs at once: a second signal asks for it. After a third nothing is waited for.
+        `signal` is then the first one's number.
         """
         loop = asyncio.get_running_loop()
-        draining: asyncio.Future[None] | None = None
+        signals: list[int] = []
+        hurry = asyncio.Event()
 
         def handle(number: int, _: FrameType | None) -> None:
-            if self.signal is not None:
+            signals.append(number)
+            self.signal = signals[0]
+            loop.call_soon_threadsafe((self._stop if len(signals) == 1 else hurry).set)
+            if len(signals) > 2:
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of what is cut off now
                 self._server.force_exit = True
-                if draining is not None:
-                    loop.call_soon_threadsafe(draining.cancel)
-            self.signal = self.signal or number
-            loop.call_soon_threadsafe(self._stop.set)
 
         with _signals(handle):
             serving = asyncio.ensure_future(self._server.serve(sockets=[self._bound]))
-            asked = asyncio.ensure_future(self._stop.wait())
-            await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
-            asked.cancel()
+            stopped = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
             self._server.should_exit = True
             draining = asyncio.ensure_future(drain(self._grace_s))
-            await asyncio.wait((serving, draining))
-            serving.result()
+            hurried = asyncio.ensure_future(hurry.wait())
+            await asyncio.wait((draining, hurried), return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done():
+                draining.cancel()
+                await drain(0)
+            for waiter in (stopped, hurried):
+                waiter.cancel()
+            await serving
 
 
 class _Server(uvicorn.Server):

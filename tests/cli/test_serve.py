@@ -67,6 +67,13 @@ class Served:
             with error:
                 return error.code, dict(error.headers), error.read().decode()
 
+    def stream(self, body: object) -> Any:
+        """A completion under way, as a file."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions")
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+        return urllib.request.urlopen(request, timeout=WAIT_S)
+
     def until_ok(self) -> list[dict[str, Any]]:
         """Every answer of /health until it is ok."""
         told: list[dict[str, Any]] = []
@@ -164,7 +171,7 @@ def test_a_unit_starts_it_and_it_answers_health_while_loading_then_chats_and_end
 def test_a_killed_engine_is_explained_with_503_and_comes_back_and_ctrl_c_lets_answers_end(
     serve: Serve,
 ) -> None:
-    server = serve("-v", "--grace", "20")
+    server = serve("-v", "--grace", "60")
     server.ready()
     (engine,) = server.children()
     engine.kill()
@@ -176,17 +183,13 @@ def test_a_killed_engine_is_explained_with_503_and_comes_back_and_ctrl_c_lets_an
     assert status == 503 and "SIGKILL" in text and int(headers["retry-after"]) >= 1
     server.until_ok()
 
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/v1/completions",
-        data=json.dumps({**COMPLETION, "max_tokens": 60}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=WAIT_S) as stream:
-        first = stream.readline()
+    with server.stream(COMPLETION) as long, server.stream({**COMPLETION, "max_tokens": 60}) as short:
+        assert long.readline() and short.readline()
         children = server.children()
         server.process.send_signal(signal.SIGINT)
-        rest = stream.read().decode()
-    assert first and rest.rstrip().endswith("data: [DONE]")
+        assert short.read().decode().rstrip().endswith("data: [DONE]")
+        server.process.send_signal(signal.SIGINT)
+        assert "the server was stopped" in long.read().decode()
     status, err = server.end()
     assert status == 130 and gone(children), err
     assert "starting it again" in err
