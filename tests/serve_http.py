@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import httpx2
+from fastapi import FastAPI
 
 from qnext.models.chat import ChatTemplate
 from qnext.pipeline.serve_values import Begun, Ended, Job, Piece, ServedModel, Status
@@ -60,19 +62,27 @@ class ListBackend:
         return {"slots": slots, "totals": {"steps": 4, "busy_slots_sum": 6}, "cache": {"bytes": 5}}
 
 
-def client(backend: ListBackend, **settings: Any) -> httpx2.AsyncClient:
-    app = make_app(backend, ServeSettings(**settings))
+@lru_cache(maxsize=1)
+def usual_app() -> FastAPI:
+    """A server for tests that look at one answer only: making one takes longer than asking it."""
+    return make_app(ListBackend(), ServeSettings())
+
+
+def client(backend: ListBackend | None, **settings: Any) -> httpx2.AsyncClient:
+    """A client of a server over `backend`; the usual server where neither it nor settings are given."""
+    fresh = backend is not None or settings
+    app = make_app(backend or ListBackend(), ServeSettings(**settings)) if fresh else usual_app()
     return httpx2.AsyncClient(
         transport=httpx2.ASGITransport(app=app, raise_app_exceptions=False), base_url="http://127.0.0.1"
     )
 
 
 def post(path: str, body: Any = None, *, backend: ListBackend | None = None, **more: Any) -> httpx2.Response:
-    """One request to a fresh server; `raw`, `headers`, settings."""
+    """One request; `raw`, `headers`, settings."""
     raw, headers = more.pop("raw", None), more.pop("headers", {})
 
     async def ask() -> httpx2.Response:
-        async with client(backend or ListBackend(), **more) as http:
+        async with client(backend, **more) as http:
             content = raw if raw is not None else json.dumps(body).encode()
             return await http.post(
                 path, content=content, headers={"Content-Type": "application/json"} | headers
@@ -85,7 +95,7 @@ def get(
     path: str, backend: ListBackend | None = None, headers: Any = None, **settings: Any
 ) -> httpx2.Response:
     async def ask() -> httpx2.Response:
-        async with client(backend or ListBackend(), **settings) as http:
+        async with client(backend, **settings) as http:
             return await http.get(path, headers=headers)
 
     return asyncio.run(ask())

@@ -37,6 +37,7 @@ def make_app(backend: Backend, settings: ServeSettings) -> FastAPI:
         version=qnext.__version__,
         docs_url=None,  # the usual pages load scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,  # `make_document_true` serves it
         telemetry=_NO_TELEMETRY,
     )
     server = Server(backend, settings, Gate(settings.queue_limit), Meters())

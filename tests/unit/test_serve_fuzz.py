@@ -83,7 +83,7 @@ def documented() -> dict[str, set[str]]:
 
 
 @given(path=some.sampled_from(PATHS), body=BODIES)
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_json_gets_a_documented_answer(path: str, body: Any, documented: dict[str, set[str]]) -> None:
     check(path, json.dumps(body).encode(), documented)
 
