@@ -80,7 +80,7 @@ class _Chat:
         thought_end: int | None,
     ) -> None:
         self.server, self.asked, self.texts = server, asked, texts
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         prompt = make_prompt(model, _read_conversation(asked), thought_end)
         n = asked.n or 1

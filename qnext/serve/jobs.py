@@ -79,10 +79,9 @@ def read_limit(*fields: tuple[str, int | None]) -> int | None:
 
 
 def read_stops(asked: SamplingFields) -> tuple[str, ...]:
-    """Stop strings, without repeats."""
-    if asked.stop is None:
-        return ()
-    return (asked.stop,) if isinstance(asked.stop, str) else tuple(dict.fromkeys(asked.stop))
+    """Stop strings, without repeats and, as clients send them, empty ones."""
+    given = [asked.stop] if isinstance(asked.stop, str) else asked.stop or ()
+    return tuple(dict.fromkeys(stop for stop in given if stop))
 
 
 def _read_bias(asked: dict[str, float], vocabulary: int) -> dict[str, float]:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, MOST_TOOLS = 16, 16, 20, 256
+MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, MOST_TOOLS = 16, 64, 20, 256
 
 Count = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-10, le=10)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopText = Annotated[str, StringConstraints(max_length=1024)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Json: TypeAlias = dict[str, Any]
 

@@ -82,13 +82,38 @@ def test_a_list_of_prompts_gets_an_answer_each_and_echo_repeats_the_prompt() -> 
 
 def test_sampling_is_what_was_asked_over_the_models_defaults() -> None:
     backend = ListBackend()
-    asked = CHAT | {"top_k": 3, "seed": 7, "n": 2, "stop": ["a", "b"], "max_completion_tokens": 5}
+    asked = CHAT | {"top_k": 3, "seed": 7, "n": 2, "stop": ["a", "", "b"], "max_completion_tokens": 5}
     post("/v1/chat/completions", asked | {"logit_bias": {"5": -100}}, backend=backend)
     first, second = backend.jobs
     assert first.sampling == {"temperature": 0.5, "top_k": 3, "seed": 7, "logit_bias": {"5": -100}}
     assert second.sampling["seed"] == 8
     assert first.stop == ("a", "b") and first.max_tokens == 5
     assert first.text == "<|user|>hi<|assistant|>"
+
+
+def test_fields_that_clients_send_as_null_or_empty_mean_nothing() -> None:
+    backend = ListBackend()
+    names = (
+        "stop",
+        "seed",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "stream",
+        "stream_options",
+        "n",
+        "max_tokens",
+    )
+    empty = {
+        "stop": "",
+        "tools": [],
+        "logit_bias": {},
+        "top_logprobs": 0,
+        "response_format": {"type": "text"},
+    }
+    for more in (dict.fromkeys(names), empty, {"user": "me", "store": True, "metadata": {"a": [1]}}):
+        assert post("/v1/chat/completions", CHAT | more, backend=backend).status_code == 200
+    assert all(job == backend.jobs[0] for job in backend.jobs)
 
 
 def test_minus_one_token_is_no_limit() -> None:
@@ -115,7 +140,7 @@ def test_minus_one_token_is_no_limit() -> None:
         (CHAT | {"temperature": -1}, "temperature"),
         (CHAT | {"stream": "yes"}, "stream"),
         (CHAT | {"n": 1000}, "n"),
-        (CHAT | {"stop": [""]}, "stop[0]"),
+        (CHAT | {"stop": ["a", 1]}, "stop[1]"),
         (CHAT | {"logit_bias": {"x": 1}}, "logit_bias"),
         (CHAT | {"logit_bias": {"50": 1}}, "logit_bias"),
         (CHAT | {"top_logprobs": 3}, "top_logprobs"),
