@@ -29,6 +29,7 @@ class ListBackend:
             "demo", 1, 100, 2, 50, "", "", ChatTemplate(TEMPLATE), {"temperature": 0.5}, {}, ("one",), "b1"
         )
         self.jobs: list[Job] = []
+        self.ended = Ended("eos", 3, 1, len(pieces), 2_000_000, 4_000_000, 0)
         self.open = 0
         self.hold: asyncio.Event | None = None
         self.failure: Exception | None = None
@@ -47,7 +48,7 @@ class ListBackend:
                 yield Piece(text, number, -0.5, ((number, text.encode(), -0.5), (9, b"\xff", -3.0)))
             if self.fails_after:
                 raise self.fails_after
-            yield Ended("eos", 3, 1, len(self.pieces), 2_000_000, 4_000_000, 0)
+            yield self.ended
         finally:
             self.open -= 1
 

@@ -82,7 +82,7 @@ class _Chat:
         self.server, self.asked, self.texts = server, asked, texts
         if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
-        prompt = make_prompt(model, _read_conversation(asked), thought_end)
+        self.prompt = prompt = make_prompt(model, _read_conversation(asked), thought_end)
         n = asked.n or 1
         self.choices = [_Choice(prompt.parser()) for _ in range(n)]
         limit = read_limit(
@@ -114,7 +114,8 @@ class _Chat:
                         if (delta := _delta(part, choice)) is not None:
                             yield choice_chunk(index, delta, self._take_logprobs(choice))
                 elif isinstance(happened, Ended):
-                    for part in choice.parser.finish():
+                    cut_off = self.prompt.cut_off(happened)
+                    for part in (*choice.parser.feed(cut_off), *choice.parser.finish()):
                         if (delta := _delta(part, choice)) is not None:
                             yield choice_chunk(index, delta, self._take_logprobs(choice))
                     ends.append(happened)
@@ -143,6 +144,7 @@ class _Chat:
                         await self._add_logprob(choice, happened)
                     choice.parts.extend(choice.parser.feed(happened.text))
                 elif isinstance(happened, Ended):
+                    choice.parts.extend(choice.parser.feed(self.prompt.cut_off(happened)))
                     choice.parts.extend(choice.parser.finish())
                     ends[index] = happened
         told = []

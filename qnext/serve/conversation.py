@@ -10,8 +10,8 @@ from qnext.errors import ModelError, UsageError
 from qnext.models.answer import AnswerParser
 from qnext.models.chat import THINK_OPEN
 from qnext.models.response_grammar import response_grammar
-from qnext.models.tool_calls import ToolFormat, tool_format
-from qnext.pipeline.serve_values import ServedModel
+from qnext.models.tool_calls import CLOSE, ToolFormat, tool_format
+from qnext.pipeline.serve_values import Ended, ServedModel
 from qnext.serve.errors import ApiError
 from qnext.serve.forcing import call_grammar, either
 from qnext.serve.schemas import ChatMessage, ContentPart
@@ -24,7 +24,7 @@ class Conversation:
     """`messages` and `tools` in OpenAI's form. `choice`: auto, none, required, or `named` a function's name.
 
     `thinking` None leaves it to the template; `variables` are the template's own. `grammar` is the client's
-    GBNF; `parallel`: several calls at a time are wanted.
+    GBNF; not `parallel`: the answer ends with its first call.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,7 +42,7 @@ class Conversation:
 class Prompt:
     """The text, or instead the tokens `ids`, that the model continues, and what it takes to read its answer.
 
-    `grammar_after` as in Job.
+    `grammar_after` as in Job. `stop` ends the answer beside the client's own stop strings.
     """
 
     text: str
@@ -51,10 +51,15 @@ class Prompt:
     grammar: str | None = None
     grammar_after: tuple[int, ...] = ()
     ids: Sequence[int] | None = None
+    stop: tuple[str, ...] = ()
 
     def parser(self) -> AnswerParser:
         """A reader for one answer."""
         return AnswerParser(self.text[-256:], tools=self.tools, style=self.style)
+
+    def cut_off(self, ended: Ended) -> str:
+        """What `stop` took from the end of an answer and its parser still needs."""
+        return ended.stop_text if ended.stop_text is not None and ended.stop_text in self.stop else ""
 
 
 def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None = None) -> Prompt:
@@ -89,7 +94,14 @@ def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error
     grammar = _make_grammar(asked, tools, style)
     thinks = grammar is not None and thought_end is not None and text.rstrip().endswith(THINK_OPEN)
-    return Prompt(text, tools, style, grammar, (thought_end,) if thinks and thought_end is not None else ())
+    return Prompt(
+        text,
+        tools,
+        style,
+        grammar,
+        grammar_after=(thought_end,) if thinks and thought_end is not None else (),
+        stop=() if asked.parallel or style is None else (CLOSE,),
+    )
 
 
 def read_grammar(response_format: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ def make_job(
         tokens=None if prompt.ids is None else tuple(prompt.ids),
         max_tokens=limit,
         sampling=read_sampling(asked, model, choice),
-        stop=read_stops(asked),
+        stop=(*read_stops(asked), *prompt.stop),
         ignore_eos=bool(asked.ignore_eos),
         logprobs=logprobs,
         grammar=prompt.grammar,

@@ -70,7 +70,7 @@ class _Message:
         prompt = make_prompt(model, read_conversation(asked), thought_end)
         limit = read_limit(("max_tokens", asked.max_tokens))
         self.job = make_job(server, model, asked.sampling(), prompt=prompt, limit=limit)
-        self.parser = prompt.parser()
+        self.prompt = prompt
         self.head: dict[str, Any] = {
             "id": "msg_" + secrets.token_urlsafe(18),
             "type": "message",
@@ -81,7 +81,7 @@ class _Message:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Events of a streamed message."""
         blocks = _Blocks()
-        async with aclosing(read_answer(self.server, self.job, self.parser)) as parts:
+        async with aclosing(read_answer(self.server, self.job, self.prompt)) as parts:
             async for part in parts:
                 if isinstance(part, Begun):
                     counts = _usage(part.prompt_tokens, part.cached_tokens, 0)
@@ -108,7 +108,7 @@ class _Message:
         """The whole message."""
         parts: list[AnswerEvent] = []
         ended: Ended | None = None
-        async with aclosing(read_answer(self.server, self.job, self.parser)) as events:
+        async with aclosing(read_answer(self.server, self.job, self.prompt)) as events:
             async for part in events:
                 if isinstance(part, Ended):
                     ended = part

@@ -104,6 +104,7 @@ def read_conversation(asked: CountRequest) -> Conversation:
         messages=messages,
         tools=[_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(asked.tools or ())],
         choice={"any": "required", "tool": "required"}.get(kind, kind),
+        parallel=not (choice and choice.disable_parallel_tool_use),
         named=choice.name if choice and kind == "tool" else None,
         thinking=None if asked.thinking is None else asked.thinking.type != "disabled",
     )

@@ -64,13 +64,13 @@ class _Responding:
         prompt = make_prompt(model, read_conversation(asked), thought_end)
         limit = read_limit(("max_output_tokens", asked.max_output_tokens))
         self.job = make_job(server, model, asked.sampling(), prompt=prompt, limit=limit)
-        self.parser = prompt.parser()
+        self.prompt = prompt
         self.response = _describe(asked, model, self.job.sampling)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Events of a streamed response."""
         output = self.output
-        async with aclosing(read_answer(self.server, self.job, self.parser)) as parts:
+        async with aclosing(read_answer(self.server, self.job, self.prompt)) as parts:
             async for part in parts:
                 if isinstance(part, Begun):
                     yield output.event("response.created", {"response": self.response})

@@ -111,6 +111,7 @@ def read_conversation(asked: ResponsesRequest) -> Conversation:
         choice=choice,
         named=named,
         thinking=None if effort is None else effort not in ("none", "minimal"),
+        parallel=asked.parallel_tool_calls is not False,
         response_format=_read_format(asked.text),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -138,6 +139,17 @@ def test_a_forced_call_has_the_arguments_of_its_tool() -> None:
     }
     assert "arguments" in call_grammar([unheard], "json", parallel=True)
     assert '("weather")' in call_grammar([TOOL], "xml", parallel=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_parallel_calls_an_answer_ends_with_the_first(stream: bool) -> None:
+    held = backend(*SAID[:-1], '"Bern"}}\n')
+    held.ended = replace(held.ended, reason="stop", stop_text="</tool_call>")
+    asked = CHAT | {"tools": [TOOL], "parallel_tool_calls": False, "stop": "x", "stream": stream}
+    answer = post("/v1/chat/completions", asked, backend=held)
+    assert held.jobs[0].stop == ("x", "</tool_call>")
+    last = events(answer)[-1] if stream else answer.json()
+    assert last["choices"][0]["finish_reason"] == "tool_calls" and "warnings" not in last
 
 
 def test_a_format_and_tools_together_leave_the_model_the_choice() -> None:
