@@ -173,6 +173,8 @@ class PromptCache:
         """The sequence is free again; what it holds may still be of use."""
         self._clock += 1
         held.busy, held.used = False, self._clock
+        for copy in held.checkpoints:
+            copy.used = self._clock
 
     def clear(self, held: Held) -> None:
         """Forget what a sequence holds."""
