@@ -83,8 +83,8 @@ class Result:
     """The end of a race. `verdict` compares the `challenger` with the best baseline, `against`.
 
     `likely` is the chance, by all that was measured, that the challenger takes less time than `against`.
-    `winner` is the challenger where the verdict says faster or that chance is high and the verdict not
-    against it, else `against`; None when nothing ran.
+    `winner` is the challenger where the verdict says faster, or that chance is high and the verdict's ratio
+    under 1; else `against`; None when nothing ran.
     """
 
     winner: str | None

@@ -7,8 +7,8 @@ arms that cannot win are never measured and contenders often. A model is loaded 
 placements, and the most promising ones once more on the way down, which cancels what drifts with time. The
 **duel** then compares the one challenger with the baselines on fresh pairs, since an arm picked as the best
 of many looks better than it is. It wins by a verdict of "faster"; or, where the pairs are too few for one,
-when everything measured together makes it BELIEVED likely to be faster: then it is the better choice, and is
-not called faster. Rounds of a duel between two loaded models go there and back for the same reason as above;
+when everything measured together makes it BELIEVED likely to be faster, and the pairs do not speak against it:
+then it is the better choice, and is not called faster. Rounds of a duel between two loaded models go there and back for the same reason as above;
 each look at the pairs spends its part of the chance to call an equal arm faster (Bonferroni, one-sided), so
 looking often finds nothing that is not there.
 
@@ -288,9 +288,8 @@ class Race:
             look = 1 - 2 * (1 - self.confidence) / rounds
             self._challenger = challenger
             self._verdict = compare_paired(*zip(*both, strict=True), confidence=look)
-            likely = self._chance_faster(challenger, self._against) >= BELIEVED
-            if self._verdict.word == "faster" or (likely and self._verdict.word != "slower"):
-                self._winner = challenger
+            likely = self._chance_faster(challenger, self._against) >= BELIEVED and self._verdict.ratio < 1
+            self._winner = challenger if likely or self._verdict.word == "faster" else self._against
             if self._verdict.word != "no difference shown" or self._verdict.low > 1 - SMALLEST_EFFECT:
                 return
 
