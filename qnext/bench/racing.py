@@ -7,10 +7,10 @@ arms that cannot win are never measured and contenders often. A model is loaded 
 placements, and the most promising ones once more on the way down, which cancels what drifts with time. The
 **duel** then compares the one challenger with the baselines on fresh pairs, since an arm picked as the best
 of many looks better than it is. It wins by a verdict of "faster"; or, where the pairs are too few for one,
-when everything measured together makes it BELIEVED likely to be faster, and the pairs do not speak against it:
-then it is the better choice, and is not called faster. Rounds of a duel between two loaded models go there and back for the same reason as above;
-each look at the pairs spends its part of the chance to call an equal arm faster (Bonferroni, one-sided), so
-looking often finds nothing that is not there.
+when everything measured together makes it BELIEVED likely to be faster and the pairs do not speak against it:
+then it is the better choice, and is not called faster. Rounds of a duel between two loaded models go there
+and back for the same reason as above; each look at the pairs spends its part of the chance to call an equal
+arm faster (Bonferroni, one-sided), so looking often finds nothing that is not there.
 
 All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
 resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose
