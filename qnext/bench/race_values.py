@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from statistics import median
 from typing import Literal
 
 from qnext.bench.knob_model import Level
@@ -93,6 +94,35 @@ class Result:
     verdict: Verdict | None
     standings: tuple[Standing, ...]
     likely: float | None = None
+
+
+class StepTimes:
+    """How long steps take, in seconds, by those that were taken."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[str, Rung], list[float]] = {}
+        self._loads: list[tuple[str, Rung, float]] = []
+
+    def add(self, step: Step, outcome: Outcome) -> None:
+        """One more step."""
+        if not step.load:
+            self._steps.setdefault((step.arm, step.rung), []).append(outcome.seconds)
+        elif outcome.status == "ok":
+            self._loads.append((step.arm, step.rung, outcome.seconds))
+
+    def usual(self, arm: str, rung: Rung) -> float | None:
+        """Median of the arm's steps without a load; None as long as there is none."""
+        told = self._steps.get((arm, rung))
+        return median(told) if told else None
+
+    def load(self) -> float:
+        """What a load takes beside the measurement that it was for; 0 as long as that is not known."""
+        beside = [
+            seconds - usual
+            for arm, rung, seconds in self._loads
+            if (usual := self.usual(arm, rung)) is not None
+        ]
+        return max(0.0, median(beside)) if beside else 0.0
 
 
 def excluded_arms(

@@ -37,6 +37,7 @@ from qnext.bench.race_values import (
     Standing,
     Status,
     Step,
+    StepTimes,
     excluded_arms,
 )
 from qnext.bench.verdict import SMALLEST_EFFECT, Verdict, compare_paired
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 MAX_LOADS = 10
 GROUPS_TRIED = 5
 DUEL_LOADS = 4
-EXPLORE_SHARE = 0.7
+EXPLORE_SHARES = (0.45, 0.7)
+"""Of the time: what exploring gets at least and at most, as the duel needs the rest."""
 WAY_UP_SHARE = 0.35
 CHALLENGERS = 4
 WORLDS = 256
@@ -56,7 +58,7 @@ CHANCE_WORTH_A_LOAD = 0.02
 LOSS_NOT_WORTH_TIME = 0.0005
 DUEL_ROUNDS = 4
 FEWEST_PAIRS, MOST_PAIRS = 8, 60
-FULL_PAIRS = 2
+FEWEST_SHORT, FULL_PAIRS = 2, 2
 SHORT_SHARE = 1 / 6
 """Time of a short step over a full one, as long as none was measured."""
 NOISY_TRIES = 2
@@ -93,6 +95,7 @@ class Race:
         self.seconds, self.cells, self.seed = seconds, cells, seed
         self.confidence, self.max_loads, self.cover = confidence, max_loads, cover
         self.spent_s, self.loads, self.reloads = 0.0, 0, 0
+        self._times = StepTimes()
         self._chance = random.Random(seed)
         self._model = KnobModel([arm.knobs for arm in arms], [arm.predicted_s for arm in arms])
         self._history: list[tuple[Step, Outcome]] = []
@@ -128,6 +131,7 @@ class Race:
         elif step.load:
             self.loads += 1
         self._history.append((step, outcome))
+        self._times.add(step, outcome)
         self._group = None if outcome.status in DEADLY else step.group
         self.spent_s += outcome.seconds
         known = len(self._ran), len(self._failed)
@@ -188,8 +192,8 @@ class Race:
         groups = [group for _, group in sorted({(arm.order, arm.group) for arm in self.arms})]
         tried = self.max_loads - DUEL_LOADS if self.cover else GROUPS_TRIED
         groups = self._most_promising(groups, tried, home)
-        explore = EXPLORE_SHARE * self.seconds
         for place, group in enumerate(groups):
+            explore = self._explore_seconds()
             left = (explore if self.cover else WAY_UP_SHARE * explore) - self.spent_s
             until = self.spent_s + left / (len(groups) - place)
             if self.cover:
@@ -202,7 +206,8 @@ class Race:
             chances = [self._chance_of(one) for one in groups[place:]]
             if chances[0] >= CHANCE_WORTH_A_LOAD:
                 share = chances[0] / sum(chances)
-                yield from self._visit(group, self.spent_s + share * (explore - self.spent_s), at_least=0)
+                left = self._explore_seconds() - self.spent_s
+                yield from self._visit(group, self.spent_s + share * left, at_least=0)
         yield from self._duel()
 
     def _visit(self, group: str, until: float, at_least: int) -> _Script:
@@ -264,8 +269,8 @@ class Race:
             pairs = self._pairs_affordable(racers, rounds - played)
             if played and pairs < FEWEST_PAIRS:
                 break
-            rungs: list[Rung] = ["short" for _ in range(max(1, pairs))]
-            rungs += ["full"] * FULL_PAIRS
+            rungs: list[Rung] = ["short" for _ in range(max(FEWEST_SHORT, pairs))]
+            rungs += ["full"] * (FULL_PAIRS if pairs >= FEWEST_SHORT else 0)
             for group in self._there_and_back(racers):
                 for rung in rungs:
                     here = [i for i in racers if self.arms[i].group == group and i not in self._excluded]
@@ -294,30 +299,41 @@ class Race:
                 return
 
     def _duel_rounds(self, racers: Sequence[int]) -> int:
+        """As many as loads and time allow, each with pairs enough to show something; at least one."""
         groups = {self.arms[i].group for i in racers}
-        if len(groups) < 2:
-            return DUEL_ROUNDS
         spare = self.max_loads - self.loads - len(groups - {self._group})
-        return max(1, min(DUEL_ROUNDS, 1 + spare))
+        most = DUEL_ROUNDS if len(groups) < 2 else max(1, min(DUEL_ROUNDS, 1 + spare))
+        paid = (
+            count for count in range(most, 1, -1) if self._pairs_affordable(racers, count) >= FEWEST_PAIRS
+        )
+        return next(paid, 1)
 
     def _pairs_affordable(self, racers: Sequence[int], rounds: int) -> int:
-        """Short pairs per round that the rest of the budget pays for, full ones and a load set aside."""
-        full = sum(self._usual_seconds(i, "full") for i in racers)
+        """Short pairs per round that the rest of the budget pays for, full ones and the loads set aside."""
         short = sum(self._usual_seconds(i, "short") for i in racers)
-        left = (self.seconds - self.spent_s) / rounds - FULL_PAIRS * full
+        left = (self.seconds - self.spent_s) / rounds - self._round_seconds(racers)
         return min(MOST_PAIRS, int(left / short))
 
+    def _round_seconds(self, racers: Sequence[int]) -> float:
+        """What a round of the duel takes beside its short pairs: its full ones and its loads."""
+        loads = len({self.arms[i].group for i in racers} - {self._group})
+        return loads * self._times.load() + FULL_PAIRS * sum(self._usual_seconds(i, "full") for i in racers)
+
+    def _explore_seconds(self) -> float:
+        """When exploring ends, so that a duel of the best against the baselines still has its time."""
+        racers = [i for i in self._live() if self.arms[i].baseline]
+        best = self._leader()
+        racers += [] if best is None or best in racers else [best]
+        short = sum(self._usual_seconds(i, "short") for i in racers)
+        duel = self._round_seconds(racers) + FEWEST_PAIRS * short
+        least, most = (share * self.seconds for share in EXPLORE_SHARES)
+        return min(most, max(least, self.seconds - duel))
+
     def _usual_seconds(self, index: int, rung: Rung) -> float:
-        told = [
-            outcome.seconds
-            for step, outcome in self._history
-            if (step.arm, step.rung, step.load) == (self.arms[index].name, rung, False)
-        ]
-        return (
-            median(told)
-            if told
-            else exp(self._think()[0].mean[index]) * (1 if rung == "full" else SHORT_SHARE)
-        )
+        known = self._times.usual(self.arms[index].name, rung)
+        if known is not None:
+            return known
+        return exp(self._think()[0].mean[index]) * (1 if rung == "full" else SHORT_SHARE)
 
     def _there_and_back(self, racers: Sequence[int]) -> list[str]:
         """The racers' groups in order of placement, from the end that is loaded now."""
