@@ -1,8 +1,8 @@
 """A sweep against llama-optimus on the same model: the speed of what each ends with, and the time it takes.
 
 llama-optimus 0.1.9 (Optuna over llama-bench) runs as its README shows, decode being its usual metric, on
-llama-bench of the same source with the very libraries that qnext loads. It gets ten times the time of the sweep;
-then what its trials have found by then counts. Both results run against each other in rounds.
+llama-bench of the same source with the very libraries that qnext loads. It gets ten times the time of the
+sweep, and what its trials have found by then counts. Both results run against each other in rounds.
 """
 
 from __future__ import annotations
