@@ -101,14 +101,14 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._steps: dict[tuple[str, Rung], list[float]] = {}
-        self._loads: list[tuple[str, Rung, float]] = []
+        self._loads: list[float] = []
 
     def add(self, step: Step, outcome: Outcome) -> None:
         """One more step."""
         if not step.load:
             self._steps.setdefault((step.arm, step.rung), []).append(outcome.seconds)
         elif outcome.status == "ok":
-            self._loads.append((step.arm, step.rung, outcome.seconds))
+            self._loads.append(outcome.seconds)
 
     def usual(self, arm: str, rung: Rung) -> float | None:
         """Median of the arm's steps without a load; None as long as there is none."""
@@ -116,13 +116,10 @@ class StepTimes:
         return median(told) if told else None
 
     def load(self) -> float:
-        """What a load takes beside the measurement that it was for; 0 as long as that is not known."""
-        beside = [
-            seconds - usual
-            for arm, rung, seconds in self._loads
-            if (usual := self.usual(arm, rung)) is not None
-        ]
-        return max(0.0, median(beside)) if beside else 0.0
+        """What a load takes beside the measurement that it was for; 0 as long as there was none."""
+        others = [seconds for (_, rung), told in self._steps.items() if rung == "short" for seconds in told]
+        beside = median(others) if others else 0.0
+        return max(0.0, median(self._loads) - beside) if self._loads else 0.0
 
 
 def excluded_arms(

@@ -194,6 +194,9 @@ class Race:
         groups = self._most_promising(groups, tried, home)
         for place, group in enumerate(groups):
             explore = self._explore_seconds()
+            loads = 1 + sum(other in home for other in groups[place + 1 :])
+            if place and group not in home and self.spent_s + loads * self._times.load() > explore:
+                continue
             left = (explore if self.cover else WAY_UP_SHARE * explore) - self.spent_s
             until = self.spent_s + left / (len(groups) - place)
             if self.cover:
@@ -204,9 +207,10 @@ class Race:
         groups = self._most_promising(groups[::-1], max(1, room), set())
         for place, group in enumerate(groups):
             chances = [self._chance_of(one) for one in groups[place:]]
-            if chances[0] >= CHANCE_WORTH_A_LOAD:
+            left = self._explore_seconds() - self.spent_s
+            paid = group == self._group or left > self._times.load()
+            if paid and chances[0] >= CHANCE_WORTH_A_LOAD:
                 share = chances[0] / sum(chances)
-                left = self._explore_seconds() - self.spent_s
                 yield from self._visit(group, self.spent_s + share * left, at_least=0)
         yield from self._duel()
 

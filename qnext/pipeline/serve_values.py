@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A slot has taken the job: from here on it is neither refused nor waiting. Said before the first piece."""
+    """A slot has taken the job: from here on it is neither refused nor waiting. Comes before any piece."""
 
     prompt_tokens: int
     cached_tokens: int

@@ -29,7 +29,7 @@ DEPTH_SHARE = 1 / 30
 """Of the budget: what reading the depth may take; it is read once for each kind of cache and load."""
 LOAD_SHARE = 0.35
 """Of the budget: what loading every way to place the weights once may take."""
-LOAD_BPS, LOAD_S = 1.5e9, 0.5
+LOAD_BPS, LOAD_S = 0.6e9, 0.5
 """Rate of a load, and what it takes beside: a guess that only bounds how many there are."""
 CELL_SECONDS = 6.0
 """Short measurements that a budget in cells grants each of them, in all."""

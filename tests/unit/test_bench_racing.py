@@ -14,7 +14,7 @@ from qnext.bench.racing import Race
 from qnext.errors import UsageError
 from tests.race_machine import Finish, Machine, run_race
 
-SEEDS = range(2)
+SEEDS = range(1)
 
 
 @cache
@@ -198,9 +198,11 @@ def test_a_race_goes_on_when_cells_crash_hang_and_run_out_of_memory() -> None:
         for name, status in zip(chosen, ["crashed", "hung", "too-slow", "noisy", "crashed"] * 2, strict=True):
             machine.bad[name] = status  # type: ignore[assignment]
 
+        machine.budget_s *= 0.3
+
     race = run_race(3, tamper=tamper)
     assert race.against_baseline >= 0.98
-    assert race.of_grid <= 0.205
+    assert race.of_grid <= 0.08
 
 
 def test_a_race_whose_baseline_cannot_run_ends_with_the_best_that_can() -> None:
