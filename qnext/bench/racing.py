@@ -195,7 +195,12 @@ class Race:
         for place, group in enumerate(groups):
             explore = self._explore_seconds()
             loads = 1 + sum(other in home for other in groups[place + 1 :])
-            if place and group not in home and self.spent_s + loads * self._times.load() > explore:
+            if (
+                place
+                and not self.cover
+                and group not in home
+                and self.spent_s + loads * self._times.load() > explore
+            ):
                 continue
             left = (explore if self.cover else WAY_UP_SHARE * explore) - self.spent_s
             until = self.spent_s + left / (len(groups) - place)
