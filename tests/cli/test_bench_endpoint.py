@@ -37,6 +37,7 @@ def test_a_failed_request_ends_with_1_and_its_reason(qnext: Qnext) -> None:
     assert row.split()[-2:] == ["2", "1"]
 
 
+@pytest.mark.thorough
 def test_of_two_servers_the_slower_one_is_named(qnext: Qnext) -> None:
     quick, slow = Manner(first_s=0.02, gap_s=0.002), Manner(first_s=0.06, gap_s=0.002)
     with EndpointServer(quick) as first, EndpointServer(slow) as second:

@@ -116,6 +116,7 @@ def test_models_in_the_shared_cache_are_told_with_whether_they_run(
     assert all(model["reason"] for model in others if model["path"] != demo["path"])
 
 
+@pytest.mark.thorough
 def test_full_measures_ram_and_disk_and_the_next_look_remembers(qnext: Qnext, tmp_path: Path) -> None:
     home = {"QNEXT_HOME": str(tmp_path)}
     measured = json.loads(qnext("doctor", "--full", "--json", env=home).stdout)["machine"]

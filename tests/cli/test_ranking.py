@@ -34,6 +34,7 @@ def rank(**wishes: Any) -> tuple[Ranked, ...]:
     return rank_models(Request(model="", **wishes), find_paths(), lambda _: None).entries
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hardware", PROFILES)
 def test_every_planned_entry_is_what_plan_says_of_that_model_and_quant(hardware: str, tmp_path: Path) -> None:
     planned = {
@@ -68,6 +69,7 @@ def test_every_model_is_there_once_in_the_stated_order(hardware: str) -> None:
             assert candidate.prediction is None and "an estimate" in one.because
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("hardware", "rams"), [("container-16gb", (10, 22, 34, 46, 58)), ("rtx4070-64gb", (5, 20, 34, 48))]
 )
@@ -109,6 +111,7 @@ def test_more_memory_never_loses_a_model() -> None:
     assert before == set(catalogue_names())
 
 
+@pytest.mark.thorough
 def test_preferences_reach_every_model() -> None:
     sizes = {}
     for prefer in ("speed", "balanced", "quality"):

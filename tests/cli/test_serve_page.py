@@ -26,6 +26,8 @@ from qnext.serve.settings import ServeSettings
 from tests.browser import Browser, find_chromium
 from tests.said_server import HOSTILE, SaidBackend, serving
 
+pytestmark = pytest.mark.thorough
+
 HEIGHT = 800
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -69,6 +69,7 @@ def test_a_worker_killed_in_the_middle_leaves_what_was_measured_and_a_note() -> 
     assert "RPC worker went away" in copies["d2h_pageable_bps"].source
 
 
+@pytest.mark.thorough
 def test_a_device_that_hangs_costs_one_deadline() -> None:
     with RpcWorker() as frozen:
         stop = after(2, lambda: os.kill(frozen.pid, signal.SIGSTOP))

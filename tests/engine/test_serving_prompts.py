@@ -140,6 +140,7 @@ def request(identity: int, text: str, **options: object) -> dict[str, object]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("unified", [False, True])
 def test_whatever_was_reused_the_probabilities_are_those_of_starting_afresh(
     demo_model: Path, unified: bool

@@ -78,6 +78,7 @@ def test_the_demo_routes_to_every_expert_and_reads_its_sentence_word_by_word(tmp
     assert set(answer["experts_seen"].values()) == {8}
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_every_tiny_family_decodes_finite_numbers_and_routes_to_every_expert(tmp_path: Path) -> None:
     jobs = []
@@ -94,6 +95,7 @@ def test_every_tiny_family_decodes_finite_numbers_and_routes_to_every_expert(tmp
         assert len(seen) == (SHAPES[name].layers - 1 if SHAPES[name].experts else 0), name
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_the_engine_accepts_the_header_of_every_true_shape(tmp_path: Path) -> None:
     names = [name for name in SHAPES if name not in TINY]

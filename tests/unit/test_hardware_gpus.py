@@ -127,6 +127,7 @@ def right_or_unknown(gpus: tuple[Gpu, ...], healthy: tuple[Gpu, ...]) -> bool:
     )
 
 
+@pytest.mark.thorough
 @linux_only
 def test_each_function_may_fail(stand_in: Any) -> None:
     healthy, _ = stand_in()
@@ -136,6 +137,7 @@ def test_each_function_may_fail(stand_in: Any) -> None:
         assert gpus or "Unknown Error" in sources["gpus"], function
 
 
+@pytest.mark.thorough
 @linux_only
 def test_each_function_may_hang(stand_in: Any) -> None:
     healthy, _ = stand_in()
@@ -231,6 +233,7 @@ def test_a_card_whose_memory_is_empty_is_held_by_nobody() -> None:
     assert (gpu.processes, gpu.vram_others_bytes) == (0, 0)
 
 
+@pytest.mark.thorough
 @linux_only
 def test_a_hanging_sensor_costs_one_deadline_and_only_what_comes_after_it(stand_in: Any) -> None:
     hang = "\ndef nvmlDeviceGetCurrPcieLinkGeneration(gpu): time.sleep(60)\n"

@@ -284,6 +284,7 @@ UDEV_LINES = st.tuples(
 ).map(lambda line: f"E:MEMORY_DEVICE_{line[0]}_{line[1]}={line[2]}")
 
 
+@pytest.mark.thorough
 @given(
     st.lists(UDEV_LINES, max_size=30).map("\n".join) | st.text(max_size=300),
     st.none() | st.integers(0, 1 << 60),

@@ -15,6 +15,8 @@ from qnext.serve.app import make_app
 from qnext.serve.settings import ServeSettings
 from tests.serve_http import ListBackend
 
+pytestmark = pytest.mark.thorough
+
 NUMBERS = some.one_of(some.integers(-3, 70), some.integers(), some.floats(), some.just(10**400))
 VALUES = some.recursive(
     some.one_of(some.none(), some.booleans(), NUMBERS, some.text(max_size=8)),
