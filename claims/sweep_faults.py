@@ -2,7 +2,7 @@
 
 Kills are SIGKILL of the sweep's process at moments drawn at random, start and load included, each followed
 by `--resume`. Faults are real ones: a layout that crashes llama.cpp's loader on every CPU, a stopped child
-(SIGSTOP), and the kernel's own out-of-memory killer in a memory group (cgroup v1, needs root).
+(SIGSTOP), and the kernel's own out-of-memory killer in a memory group (needs root).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ KILLS, LATEST_KILL_S = 25, 4.0
 SWEEP = ("demo", "-c", "1024", "-t", "1", "-tb", "1", "-p", "96", "-n", "48", "-d", "0",
          "-ub", "8,16,32,48,96", "-ctk", "f16,q8_0,q4_0", "-lm", "none,mmap", "--budget", "25s")  # fmt: skip
 
-GROUPS = Path("/sys/fs/cgroup/memory")
 GROUP_BYTES, TOO_LONG = 150 << 20, 524_288
 """The memory group's limit, and a context whose cache alone takes half a gigabyte."""
 CELLS, CRASHES, HANGS, TOO_LARGE = 30, 4, 3, 3
@@ -59,9 +58,14 @@ def measure_kills() -> Figure:
     minutes=2,
 )
 def measure_faults() -> Figure:
-    if not os.access(GROUPS / "cgroup.procs", os.W_OK):
-        raise CannotMeasure("needs root and the memory controller of cgroup v1")
-    with tempfile.TemporaryDirectory(prefix="qnext-claims-") as folder, _memory_group() as procs:
+    from tests.engine_processes import memory_cgroup
+
+    with contextlib.ExitStack() as group:
+        try:
+            procs = group.enter_context(memory_cgroup(GROUP_BYTES))
+        except OSError as error:
+            raise CannotMeasure(f"needs root and a memory controller: {error}") from error
+        folder = group.enter_context(tempfile.TemporaryDirectory(prefix="qnext-claims-"))
         return _strike_cells(Path(folder), procs)
 
 
@@ -151,6 +155,7 @@ def _strike_cells(home: Path, procs: Path) -> Figure:
     from qnext.pipeline.sweep_values import Grid
     from qnext.pipeline.sweeping import SweepWatch, run_sweep, start_sweep
     from qnext.plan.values import Workload
+    from tests.engine_processes import children
 
     os.environ["QNEXT_ENGINE_TIMEOUT"] = "2"
     model, paths = home / "demo.gguf", Paths(home / "config", home / "data", home / "cache")
@@ -180,7 +185,7 @@ def _strike_cells(home: Path, procs: Path) -> Figure:
 
     def strike(_share: float = 1.0) -> None:
         """Every child into the memory group; the child of a cell that is to hang is stopped."""
-        for pid in _children():
+        for pid in (child.pid for child in children()):
             with contextlib.suppress(OSError):
                 procs.write_text(str(pid))
             if current in hanging:
@@ -222,32 +227,6 @@ def _tampered(cell: Cell, *, crash: bool, large: bool) -> Cell:
     return cell
 
 
-def _children() -> list[int]:
-    import psutil
-
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if "qnext.engine.llama.worker" in child.cmdline():
-                found.append(child.pid)
-    return found
-
-
 def _stop(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
-
-
-@contextlib.contextmanager
-def _memory_group() -> Iterator[Path]:
-    group = GROUPS / f"qnext-claims-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(GROUP_BYTES))
-        yield group / "cgroup.procs"
-    finally:
-        for _ in range(100):
-            with contextlib.suppress(OSError):
-                group.rmdir()
-                break
-            time.sleep(0.05)

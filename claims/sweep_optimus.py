@@ -25,8 +25,7 @@ from claims._slice import peer, true_slice, wheel_libraries
 from qnext.bench.verdict import compare_paired
 from qnext.config import Paths
 from qnext.pipeline.request import Request
-from qnext.pipeline.sweep_cells import default_placement
-from qnext.pipeline.sweep_setup import prepare_sweep
+from qnext.pipeline.sweep_setup import default_placement, prepare_sweep
 from qnext.pipeline.sweep_values import Cell, Grid
 from qnext.pipeline.sweeping import SweepWatch, run_sweep, start_sweep
 from qnext.plan.values import Placement, Workload

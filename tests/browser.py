@@ -22,6 +22,45 @@ SWITCHES = (
     "--hide-scrollbars",
 )
 
+_CONTRASTS = """
+(() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const light = (colour) => {
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => {
+      v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if (colour && !/, 0\\)$|transparent/.test(colour)) return colour;
+    }
+    return "white";
+  };
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const found = [];
+  const add = (node, colour, name) => found.push([ratio(light(colour), light(behind(node))), name]);
+  for (const node of document.querySelectorAll(SELECTOR)) {
+    if (!node.getClientRects().length) continue;
+    const name = node.tagName + "." + node.getAttribute("class");
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (own || node.matches("input, textarea, select")) {
+      const style = getComputedStyle(node);
+      add(node, node.namespaceURI.endsWith("svg") ? style.fill : style.color, name);
+    }
+    if (node.placeholder) add(node, getComputedStyle(node, "::placeholder").color, name + "::placeholder");
+  }
+  return found.sort((a, b) => a[0] - b[0]);
+})()
+"""
+
+
+def contrasts(selector: str) -> str:
+    """An expression: [contrast of text to what is behind it, element] of all that are shown, least first."""
+    return _CONTRASTS.replace("SELECTOR", json.dumps(selector))
+
 
 def find_chromium() -> str | None:
     """Where Chromium is, if it is on this machine."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import log
+from math import log, sqrt
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,12 @@ class Belief:
     mean: Array
     covariance: Array
     noise: float
+
+    def difference(self, one: int, other: int) -> tuple[float, float]:
+        """Logarithm of the time of arm `one` over that of `other`: what is expected, and its spread."""
+        cov = self.covariance
+        variance = cov[one, one] + cov[other, other] - 2 * cov[one, other]
+        return float(self.mean[one] - self.mean[other]), sqrt(max(0.0, variance))
 
     def draws(self, count: int, seed: Sequence[int]) -> Array:
         """[count, arms]: worlds that this belief holds possible, each with a log time for every arm."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
-from math import exp, sqrt
+from math import exp
 from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Any
 
@@ -372,10 +372,8 @@ class Race:
 
     def _chance_faster(self, one: int, other: int) -> float:
         """That arm `one` takes less time than `other`, by everything measured."""
-        belief, _ = self._think()
-        cov = belief.covariance
-        spread = sqrt(max(1e-12, cov[one, one] + cov[other, other] - 2 * cov[one, other]))
-        return NormalDist().cdf(float(belief.mean[other] - belief.mean[one]) / spread)
+        off, spread = self._think()[0].difference(one, other)
+        return NormalDist().cdf(-off / max(spread, 1e-6))
 
     def _loss(self) -> float:
         """Expected share of time lost if the best known arm were taken now."""
@@ -398,9 +396,7 @@ class Race:
         if index in self._excluded or best is None:
             word, because = self._excluded.get(index, ("not-reached", "nothing ran"))
             return Standing(name, word, because, measured, None)
-        cov = belief.covariance
-        spread = sqrt(max(0.0, cov[index, index] + cov[best, best] - 2 * cov[index, best]))
-        off = float(belief.mean[index] - belief.mean[best])
+        off, spread = belief.difference(index, best)
         ratio = (exp(off - CERTAIN * spread), exp(off), exp(off + CERTAIN * spread))
         slower = off > CERTAIN * spread
         size = f"{ratio[1] - 1:+.0%} time against the winner, {ratio[0] - 1:+.0%} at best"

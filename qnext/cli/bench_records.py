@@ -95,7 +95,8 @@ def compare(
         if not ids and not newest:
             raise UsageError("nothing was measured yet", hint="qnext bench run demo")
         candidate = store.get(ids[0]) if ids else newest[0]
-        baseline = find_baseline(store, candidate, against, tuned_records(paths))
+        profiles = {} if against == "last" else tuned_records(paths)
+        baseline = find_baseline(store, candidate, against, profiles)
     kin = {record.id: record for side in (baseline, candidate) for record in store.kin(side)}
     others = [record for name, record in kin.items() if name not in (baseline.id, candidate.id)]
     found = compare_records(baseline, candidate, others, knobs or [])

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from qnext.pipeline.sweep_setup import Prepared
     from qnext.pipeline.sweep_values import Grid
     from qnext.pipeline.sweeping import Progress, SweepRun
-    from qnext.plan.values import Workload
     from qnext.store.sweeps import StoredSweep
 
 _GRID = "Knobs to try, in lists with commas"
@@ -163,7 +162,7 @@ def sweep(
             "affinity": affinity,
         }
         grid = _grid(named)
-        turn = _workload(workload, prompt, generate, depth)
+        turn = workload_named(workload, prompt=prompt, generate=generate, depth=depth)
         request = make_request(model, _pinned(flags, grid), turn)
         request = with_model_here(request, paths, yes=yes, silent=json_output)
         prepared = prepare_sweep(
@@ -333,12 +332,6 @@ def _objective(name: str) -> Any:
     if name not in ("turn", "decode", "prefill"):
         raise UsageError(f"'{name}' is not an objective", hint="Choose one of: turn, decode, prefill.")
     return name
-
-
-def _workload(name: str, prompt: int | None, generate: int | None, depth: int | None) -> Workload:
-    base = workload_named(name)
-    given = {"prompt": prompt, "generate": generate, "depth": depth}
-    return replace(base, **{part: count for part, count in given.items() if count is not None})
 
 
 _CHOICES = {

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -367,11 +367,15 @@ def make_request(model: str, flags: PlanFlags, workload: Workload | None = None)
     )
 
 
-def workload_named(name: str) -> Workload:
-    """One of WORKLOADS. Raises UsageError naming them all."""
+def workload_named(
+    name: str, *, prompt: int | None = None, generate: int | None = None, depth: int | None = None
+) -> Workload:
+    """One of WORKLOADS, with the tokens that the user named. Raises UsageError naming them all."""
     from qnext.plan.values import WORKLOADS
 
-    return WORKLOADS[_one_of("--workload", name, tuple(WORKLOADS))]
+    usual = WORKLOADS[_one_of("--workload", name, tuple(WORKLOADS))]
+    given = {"prompt": prompt, "generate": generate, "depth": depth}
+    return replace(usual, **{part: count for part, count in given.items() if count is not None})
 
 
 def _size(text: str | None) -> int | None:

@@ -112,7 +112,6 @@ def plan(
     """
     from qnext.config import find_paths
     from qnext.pipeline.planning import explain_plan, plan_model, require_fit
-    from qnext.plan.values import Workload
 
     form = _format(format_, json_output)
     if (model is None) is not all_models:
@@ -129,12 +128,7 @@ def plan(
         raise UsageError(
             f"--format {form} holds one plan, not two", hint="Leave out --compare-fit, or use --format json."
         )
-    usual = workload_named(workload)
-    turn = Workload(
-        prompt=usual.prompt if prompt is None else prompt,
-        generate=usual.generate if generate is None else generate,
-        depth=usual.depth if depth is None else depth,
-    )
+    turn = workload_named(workload, prompt=prompt, generate=generate, depth=depth)
     request = replace(make_request(model or "", flags, turn), what_if=what_if)
     paths = find_paths()
     if all_models:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnext.cli.flags import MODEL_HELP
 from qnext.cli.output import note
 from qnext.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from qnext.config import Paths
     from qnext.pipeline.request import Request
+
+ModelOrBest = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Left out: the best one for this machine."),
+]
 
 
 def require_someone() -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags
+from qnext.cli.flags import PlanFlags, Tuned, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, progress_bar, stderr_console
-from qnext.cli.propose import propose_model, require_someone
+from qnext.cli.propose import ModelOrBest, propose_model, require_someone
 
 if TYPE_CHECKING:
     from qnext.pipeline.chat import ChatRun
@@ -23,10 +23,7 @@ _SAMPLING = "Sampling (what is not given comes from the file)"
 @takes_plan_flags
 def run(
     flags: PlanFlags,
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Left out: the best one for this machine."),
-    ] = None,
+    model: ModelOrBest = None,
     prompt: Annotated[
         str | None,
         typer.Option(

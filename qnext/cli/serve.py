@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags, workload_named
+from qnext.cli.flags import PlanFlags, Tuned, make_request, takes_plan_flags, workload_named
 from qnext.cli.output import note, progress_bar
-from qnext.cli.propose import propose_model, require_someone
+from qnext.cli.propose import ModelOrBest, propose_model, require_someone
 from qnext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from qnext.pipeline.request import Request
     from qnext.pipeline.serving import Supervisor
     from qnext.plan.plan import Plan
-    from qnext.plan.values import Workload
     from qnext.serve.listening import HttpServer
     from qnext.serve.settings import ServeSettings
 
@@ -37,10 +36,7 @@ _WHO, _LOAD, _SIZE = "Who may call", "How much it takes on", "Context and thread
 @takes_plan_flags
 def serve(
     flags: PlanFlags,
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Left out: the best one for this machine."),
-    ] = None,
+    model: ModelOrBest = None,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_WHO)
     ] = "127.0.0.1",
@@ -160,7 +156,7 @@ def serve(
     keys = _read_keys(api_key_env or ())
     if model is None:
         require_someone()
-    turn = _turn(workload, prompt, generate, depth)
+    turn = workload_named(workload, prompt=prompt, generate=generate, depth=depth)
     request = make_request(model or "", replace(flags, parallel=parallel), turn)
     request = replace(request, tuned=tuned)
     paths = find_paths()
@@ -214,16 +210,6 @@ def _read_keys(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
             )
         keys.append(key)
     return tuple(keys)
-
-
-def _turn(name: str, prompt: int | None, generate: int | None, depth: int | None) -> Workload:
-    usual = workload_named(name)
-    return replace(
-        usual,
-        prompt=usual.prompt if prompt is None else prompt,
-        generate=usual.generate if generate is None else generate,
-        depth=usual.depth if depth is None else depth,
-    )
 
 
 def _serve_here(

@@ -17,7 +17,6 @@ from qnext.bench.knob_model import Level
 from qnext.errors import UsageError
 from qnext.models.shape import layer_of
 from qnext.pipeline.planning import PlannedModel
-from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_levels import Levels, cache_word
 from qnext.pipeline.sweep_values import (
     Cell,
@@ -30,7 +29,7 @@ from qnext.plan.choice import choose_placement
 from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.options import RepackPolicy
 from qnext.plan.overrides import repack_overrides
-from qnext.plan.placement import ALL_LAYERS, check_placement, on_cpu
+from qnext.plan.placement import check_placement, on_cpu
 from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, MODEL_FIELDS, Override, Placement
 from qnext.units import format_bytes
@@ -66,48 +65,20 @@ class _Base:
 
 def make_cells(
     planned: PlannedModel,
-    request: Request,
     *,
     objective: Objective,
     grid: Grid,
     fit: Placement | None,
+    defaults: Placement,
     crashes: Mapping[str, str],
 ) -> tuple[Cell, ...]:
     """The baselines first, then what may beat them, then what is refused, with the reason.
 
-    `fit` is llama.cpp's own placement, None where it cannot be asked; `crashes` are the weight layouts that
-    are known to end the engine here, with what happened. Raises UsageError for a grid without any cell.
+    `fit` is llama.cpp's own placement, None where it cannot be asked, `defaults` what it takes unasked;
+    `crashes` are the weight layouts that are known to end the engine here, with what happened. Raises
+    UsageError for a grid without any cell.
     """
-    defaults = default_placement(planned, request, crashes)
     return _Maker(planned, objective, grid, crashes).cells(fit, defaults)
-
-
-def default_placement(planned: PlannedModel, request: Request, crashes: Mapping[str, str]) -> Placement:
-    """What llama.cpp takes for all that `request` leaves open, but for the context, which is the plan's.
-
-    Source: `common_params` of common.h and `common_cpu_get_num_math`: a thread per physical core.
-    """
-    base, machine = planned.plan.placement, planned.surroundings.machine
-    cores = machine.cpu.usable_cores or machine.cpu.physical_cores or base.threads
-    devices = planned.problem.offload_devices()
-    threads = request.threads or cores
-    return replace(
-        base,
-        devices=devices,
-        n_gpu_layers=ALL_LAYERS if devices else 0,
-        cpu_expert_layers=(),
-        overrides=(),
-        tensor_split=None,
-        batch=request.batch,
-        ubatch=request.ubatch or 512,
-        kv_type_k=request.kv_type_k or "f16",
-        kv_type_v=request.kv_type_v or "f16",
-        flash_attention=request.flash_attention if request.flash_attention == "off" else "auto",
-        threads=threads,
-        threads_batch=request.threads_batch or threads,
-        load_mode="mmap",
-        extra_buffers="full" not in crashes,
-    )
 
 
 class _Maker:

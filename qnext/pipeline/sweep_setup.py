@@ -17,8 +17,9 @@ from qnext.pipeline.comparing import compare_fit
 from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
 from qnext.pipeline.request import Request
 from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machine
-from qnext.pipeline.sweep_cells import default_placement, make_cells
+from qnext.pipeline.sweep_cells import make_cells
 from qnext.pipeline.sweep_values import Cell, Grid, Objective, RungSize, SweepSettings
+from qnext.plan.placement import ALL_LAYERS
 from qnext.plan.values import Placement
 
 SHORT_TOKENS, FEWEST_SHORT_TOKENS, SLOW_TOKEN_S = 24, 16, 0.2
@@ -78,12 +79,13 @@ def prepare_sweep(
         )
     known = known_policy(layout_entry(paths, planned.surroundings.machine, build), build)
     crashes: Mapping[str, str] = known.failures if known else {}
+    defaults = default_placement(planned, request, crashes)
     cells = make_cells(
         planned,
-        request,
         objective=objective,
         grid=grid or Grid(),
-        fit=_fit(planned, paths, notice, default_placement(planned, request, crashes)),
+        fit=_fit(planned, paths, notice, defaults),
+        defaults=defaults,
         crashes=crashes,
     )
     first = cells[0]
@@ -122,6 +124,34 @@ def prepare_sweep(
         cover=cover,
     )
     return Prepared(planned, settings, _affordable(cells, groups))
+
+
+def default_placement(planned: PlannedModel, request: Request, crashes: Mapping[str, str]) -> Placement:
+    """What llama.cpp takes for all that `request` leaves open, but for the context, which is the plan's.
+
+    Source: `common_params` of common.h and `common_cpu_get_num_math`: a thread per physical core.
+    """
+    base, machine = planned.plan.placement, planned.surroundings.machine
+    cores = machine.cpu.usable_cores or machine.cpu.physical_cores or base.threads
+    devices = planned.problem.offload_devices()
+    threads = request.threads or cores
+    return replace(
+        base,
+        devices=devices,
+        n_gpu_layers=ALL_LAYERS if devices else 0,
+        cpu_expert_layers=(),
+        overrides=(),
+        tensor_split=None,
+        batch=request.batch,
+        ubatch=request.ubatch or 512,
+        kv_type_k=request.kv_type_k or "f16",
+        kv_type_v=request.kv_type_v or "f16",
+        flash_attention=request.flash_attention if request.flash_attention == "off" else "auto",
+        threads=threads,
+        threads_batch=request.threads_batch or threads,
+        load_mode="mmap",
+        extra_buffers="full" not in crashes,
+    )
 
 
 def _fit(planned: PlannedModel, paths: Paths, notice: Notice, base: Placement) -> Placement | None:

@@ -39,7 +39,7 @@ def test_a_failed_request_ends_with_1_and_its_reason(qnext: Qnext) -> None:
 
 @pytest.mark.thorough
 def test_of_two_servers_the_slower_one_is_named(qnext: Qnext) -> None:
-    quick, slow = Manner(first_s=0.02, gap_s=0.002), Manner(first_s=0.06, gap_s=0.002)
+    quick, slow = Manner(first_s=0.02, gap_s=0.002), Manner(first_s=0.3, gap_s=0.002)
     with EndpointServer(quick) as first, EndpointServer(slow) as second:
         both = ("bench", "run", "--url", first.url, "--url", second.url, "--concurrency", "1")
         done = qnext(*both, "-p", "40", "-n", "6")

@@ -19,7 +19,7 @@ from qnext.pipeline.sweep_values import Cell, RungSize, SweepSettings, cell_to_d
 from qnext.plan.values import Placement, Prediction, SpeedRange, Workload
 from qnext.report.html_report import html_report, run_words
 from qnext.store.sweeps import Measurement, StoredCell, StoredSweep, SweepStore
-from tests.browser import Browser, find_chromium
+from tests.browser import Browser, contrasts, find_chromium
 from tests.conftest import Qnext
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
@@ -333,37 +333,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     running.close()
 
 
-CONTRAST = """
-(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const light = (colour) => {
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => {
-      v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const colour = getComputedStyle(node).backgroundColor;
-      if (colour && !/, 0\\)$|transparent/.test(colour)) return colour;
-    }
-    return "white";
-  };
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const found = [];
-  for (const node of document.querySelectorAll("main *, header *, footer *")) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (!own || !node.getClientRects().length) continue;
-    const style = getComputedStyle(node);
-    const colour = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
-    found.push([ratio(light(colour), light(behind(node))), node.tagName + "." + node.getAttribute("class")]);
-  }
-  return found.sort((a, b) => a[0] - b[0]).slice(0, 3);
-})()
-"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_chromium_shows_the_stores_figures_at_any_width_and_scheme(
@@ -384,7 +353,7 @@ def test_chromium_shows_the_stores_figures_at_any_width_and_scheme(
     assert browser.evaluate(
         "getComputedStyle(document.documentElement).getPropertyValue('--page')"
     ).strip() == ("#10151b" if scheme == "dark" else "#f6f7f9")
-    smallest = min(browser.evaluate(CONTRAST))
+    smallest = min(browser.evaluate(contrasts("main *, header *, footer *")))
     assert smallest[0] >= 4.5, smallest
     drawings = "[...document.querySelectorAll('figure svg')].filter((one) => one.getClientRects().length)"
     shown = browser.evaluate(f"{drawings}.map((one) => one.getAttribute('class'))")

@@ -23,7 +23,7 @@ import pytest
 from qnext.pipeline.serve_values import Refused, Unavailable
 from qnext.serve.app import make_app
 from qnext.serve.settings import ServeSettings
-from tests.browser import Browser, find_chromium
+from tests.browser import Browser, contrasts, find_chromium
 from tests.said_server import HOSTILE, SaidBackend, serving
 
 pytestmark = pytest.mark.thorough
@@ -315,36 +315,6 @@ def test_a_key_is_asked_for_where_the_server_wants_one(chromium: Browser, said: 
 
 WIDER = """[...document.querySelectorAll("body *")].filter((one) => one.tagName !== "PRE" &&
   one.scrollWidth > one.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(one).overflowX))"""
-CONTRAST = """
-(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const light = (colour) => {
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => {
-      v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const colour = getComputedStyle(node).backgroundColor;
-      if (colour && !/, 0\\)$|transparent/.test(colour)) return colour;
-    }
-    return "white";
-  };
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const found = [];
-  const add = (node, colour, name) => found.push([ratio(light(colour), light(behind(node))), name]);
-  for (const node of document.body.querySelectorAll("*")) {
-    if (!node.getClientRects().length) continue;
-    const name = node.tagName + "." + node.className;
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (own || node.matches("input, textarea, select")) add(node, getComputedStyle(node).color, name);
-    if (node.placeholder) add(node, getComputedStyle(node, "::placeholder").color, name + "::placeholder");
-  }
-  return found.sort((a, b) => a[0] - b[0]);
-})()
-"""
 
 
 def test_it_is_readable_at_any_width_and_scheme(chromium: Browser, said: SaidBackend) -> None:
@@ -367,7 +337,7 @@ def test_it_is_readable_at_any_width_and_scheme(chromium: Browser, said: SaidBac
             page.look("document.getElementById('send').scrollIntoView()")
             assert page.look("document.getElementById('send').getBoundingClientRect().bottom") <= HEIGHT
             assert page.look("document.getElementById('log').clientHeight") >= 100
-            found = page.look(CONTRAST)
+            found = page.look(contrasts("body *"))
             assert len(found) > 40 and found[0][0] >= 4.5, (width, scheme, found[:3])
 
 

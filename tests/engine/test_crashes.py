@@ -17,6 +17,7 @@ from qnext.engine.crash import EngineCrashError
 from qnext.engine.session import EngineSession
 from qnext.models.synth import DEMO_SENTENCE
 from qnext.plan.values import CPU_REPACK, Override, Placement
+from tests.engine_processes import memory_cgroup
 
 pytestmark = pytest.mark.engine
 
@@ -180,40 +181,14 @@ def test_a_child_that_floods_its_log_fills_neither_pipe_nor_memory(demo_model: P
         assert max(len(line) for line in session.log) <= 4096
 
 
-@contextlib.contextmanager
-def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
-    """A cgroup (v1 or v2) with a memory limit; skips where none can be made. Yields its cgroup.procs."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    root, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
-    group = root / f"qnext-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"cgroups cannot be written here: {error}")
-    try:
-        try:
-            (group / limit).write_text(str(limit_bytes))
-            with contextlib.suppress(OSError):
-                (group / "memory.swap.max").write_text("0")
-        except OSError as error:
-            pytest.skip(f"cgroups here have no memory limit: {error}")
-        yield group / "cgroup.procs"
-    finally:
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                group.rmdir()
-                break
-            time.sleep(0.05)
-
-
 def test_the_out_of_memory_killer_is_explained(demo_model: Path) -> None:
     """The cache of 524,288 tokens is 512 MiB that llama.cpp fills with zeros; 150 MiB are allowed."""
-    with memory_cgroup(150 << 20) as procs, EngineSession() as session:
+    with contextlib.ExitStack() as group, EngineSession() as session:
         try:
+            procs = group.enter_context(memory_cgroup(150 << 20))
             procs.write_text(str(session.pid))
         except OSError as error:
-            pytest.skip(f"a process cannot be put into a cgroup here: {error}")
+            pytest.skip(f"a cgroup with a memory limit cannot be used here: {error}")
         with pytest.raises(EngineCrashError, match="killed from outside") as caught:
             session.open(str(demo_model), replace(CPU, context=524_288))
         assert caught.value.kind == "killed"

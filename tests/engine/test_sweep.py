@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from qnext.bench.racing import BELIEVED
@@ -37,6 +36,7 @@ from qnext.pipeline.sweeping import (
 from qnext.plan.values import CPU_REPACK, Override, Workload
 from qnext.store.sweeps import StoredSweep, SweepStore
 from tests.conftest import Qnext
+from tests.engine_processes import children
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("demo_model")]
 
@@ -85,16 +85,6 @@ def with_crash(sweep: Prepared, name: str) -> Prepared:
 
 def raced(sweep: Prepared, paths: Paths, watch: SweepWatch | None = None) -> SweepRun:
     return run_sweep(start_sweep(sweep, paths), sweep, paths, watch or SweepWatch())
-
-
-def children() -> list[psutil.Process]:
-    """Engine children of this test's process."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if "qnext.engine.llama.worker" in child.cmdline():
-                found.append(child)
-    return found
 
 
 def test_a_sweep_ends_with_a_winner_its_records_and_a_profile_that_run_takes(

@@ -14,6 +14,7 @@ from qnext.errors import UsageError
 from qnext.pipeline.planning import PlannedModel, plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_cells import BOUND_THREADS, MOST_CELLS, OFFLOAD_VARIABLE, loads_of, make_cells
+from qnext.pipeline.sweep_setup import default_placement
 from qnext.pipeline.sweep_values import (
     Cell,
     Grid,
@@ -45,7 +46,11 @@ def cells(
     **wishes: object,
 ) -> tuple[Cell, ...]:
     plan, request = planned(hardware, vram, **wishes)
-    return make_cells(plan, request, objective="turn", grid=grid or Grid(), fit=None, crashes=crashes or {})
+    crashes = crashes or {}
+    defaults = default_placement(plan, request, crashes)
+    return make_cells(
+        plan, objective="turn", grid=grid or Grid(), fit=None, defaults=defaults, crashes=crashes
+    )
 
 
 def live(made: tuple[Cell, ...]) -> list[Cell]:
@@ -109,12 +114,13 @@ def test_the_offload_threshold_is_tried_in_children_of_its_own_and_only_with_a_g
 
 def test_threads_are_bound_to_cores_where_cores_differ_or_the_user_asks() -> None:
     assert not any(cell.environment for cell in cells()), "two cores alike: nothing to win"
-    plan, _ = planned("ci-2core")
+    plan, request = planned("ci-2core")
     cpu = replace(plan.surroundings.machine.cpu, performance_cores=6, efficiency_cores=8)
     machine = replace(plan.surroundings.machine, cpu=cpu)
     hybrid = replace(plan, surroundings=replace(plan.surroundings, machine=machine))
-    request = planned("ci-2core")[1]
-    made = live(make_cells(hybrid, request, objective="turn", grid=Grid(), fit=None, crashes={}))
+    defaults = default_placement(hybrid, request, {})
+    made = make_cells(hybrid, objective="turn", grid=Grid(), fit=None, defaults=defaults, crashes={})
+    made = live(made)
     bound = [cell for cell in made if cell.environment]
     assert bound and all(cell.environment == BOUND_THREADS for cell in bound)
     assert {cell.knobs["affinity"] for cell in bound} == {"cores"}
