@@ -1,14 +1,20 @@
-"""Cells of a sweep measured outside of it: one by one as a grid, and against each other in rounds."""
+"""Cells of a sweep measured outside of it: one by one as a grid, in rounds, two taking turns."""
 
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import psutil
 
 from claims import CannotMeasure
+from claims._turns import give_turn, running_ns, send_signal
 from qnext.pipeline.sweep_engine import SweepEngine
 from qnext.pipeline.sweep_setup import Prepared
 from qnext.pipeline.sweep_values import Cell, RungSize
@@ -67,6 +73,64 @@ def measure_rounds(
                         times[cell.name].append(taken.turn_ns)
             say(f"round {played + 1}: { ({name: round(ns[-1] / 1e9, 3) for name, ns in times.items()}) }")
     return times
+
+
+@dataclass(slots=True)
+class Duellist:
+    """A cell with an engine of its own. `helpers` compute for it besides its child: an RPC worker."""
+
+    prepared: Prepared
+    cell: Cell
+    helpers: tuple[psutil.Process, ...] = ()
+    members: list[psutil.Process] = field(default_factory=list)
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+def measure_duel(one: Duellist, other: Duellist, *, count: int) -> tuple[list[int], list[int]]:
+    """Ns of `count` workload turns of both, whole ones, each run while the other's processes are stopped.
+
+    Both stay in memory and have the processor a tenth of a second at a time (see `claims._turns`), so that
+    the i-th ones of both fell into the same moments. Raises CannotMeasure for a cell that does not run.
+    """
+    from tests.engine_processes import children
+
+    sides = (one, other)
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_engine(side.prepared)) for side in sides]
+        pool = stack.enter_context(ThreadPoolExecutor(len(sides)))
+        for side, engine in zip(sides, engines, strict=True):
+            there = children()
+            _turn_of(side, engine, 0)
+            side.members = [*(child for child in children() if child not in there), *side.helpers]
+            side.spans.clear()
+        everyone = [member for side in sides for member in side.members]
+        stack.callback(send_signal, everyone, signal.SIGCONT)
+        for number in range(1, count + 1):
+            send_signal(everyone, signal.SIGSTOP)
+            asked: list[Future[None]] = [
+                pool.submit(_turn_of, side, engine, number)
+                for side, engine in zip(sides, engines, strict=True)
+            ]
+            try:
+                while not all(future.done() for future in asked):
+                    for side, future in zip(sides, asked, strict=True):
+                        if not future.done():
+                            side.turns.append(give_turn(side.members))
+            finally:
+                send_signal(everyone, signal.SIGCONT)
+            for future in asked:
+                future.result()
+    first, second = ([running_ns(side.turns, began, ended) for began, ended in side.spans] for side in sides)
+    return first, second
+
+
+def _turn_of(side: Duellist, engine: SweepEngine, number: int) -> None:
+    began = time.monotonic_ns()
+    taken = engine.measure(side.cell, _whole_turn(side.prepared), 20_000 + number, None)
+    if taken.status not in ("ok", "noisy"):
+        raise CannotMeasure(f"{side.cell.name} does not run again: {taken.because}")
+    side.spans.append((began, time.monotonic_ns()))
 
 
 def say(text: str) -> None:

@@ -110,13 +110,29 @@ def take_turns(first: Side, second: Side, folder: Path) -> tuple[Samples, Sample
             reader.join()
     finally:
         for side, (process, _) in zip(sides, programs, strict=True):
-            _signal(_computing(side, process), signal.SIGKILL)
+            send_signal(_computing(side, process), signal.SIGKILL)
             process.kill()
             process.wait()
     for side, (process, _) in zip(sides, programs, strict=True):
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, list(side.argv))
     return _shared(sides)
+
+
+def give_turn(members: Sequence[psutil.Process]) -> tuple[int, int]:
+    """Let stopped processes run for a turn: when it began and ended, monotonic ns."""
+    began = time.monotonic_ns()
+    send_signal(members, signal.SIGCONT)
+    time.sleep(TURN_S)
+    send_signal(members, signal.SIGSTOP)
+    return began, time.monotonic_ns()
+
+
+def send_signal(members: Sequence[psutil.Process], number: signal.Signals) -> None:
+    """The signal to each that is still there."""
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
 
 
 def _alone(programs: Sequence[tuple[subprocess.Popen[str], threading.Thread]]) -> bool:
@@ -148,11 +164,7 @@ def _turn(side: Side, process: subprocess.Popen[str]) -> None:
     members = _computing(side, process)
     if not members and process.poll() is not None:
         return
-    began = time.monotonic_ns()
-    _signal(members, signal.SIGCONT)
-    time.sleep(TURN_S)
-    _signal(members, signal.SIGSTOP)
-    side.turns.append((began, time.monotonic_ns()))
+    side.turns.append(give_turn(members))
 
 
 def _computing(side: Side, process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -160,12 +172,6 @@ def _computing(side: Side, process: subprocess.Popen[str]) -> list[psutil.Proces
         return side.engine(psutil.Process(process.pid))
     except psutil.NoSuchProcess:
         return []
-
-
-def _signal(members: Sequence[psutil.Process], number: signal.Signals) -> None:
-    for member in members:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(number)
 
 
 def _shared(sides: Sequence[Side]) -> tuple[Samples, Samples]:
@@ -178,11 +184,12 @@ def _shared(sides: Sequence[Side]) -> tuple[Samples, Samples]:
             if common < max(ended - began for began, ended in pair) / 2:
                 continue  # one of them was still loading or warming up
             for side, (began, ended), samples in zip(sides, pair, kept, strict=True):
-                samples.setdefault(test, []).append(_given(side.turns, began, ended))
+                samples.setdefault(test, []).append(running_ns(side.turns, began, ended))
     return kept
 
 
-def _given(turns: Sequence[tuple[int, int]], began: int, ended: int) -> int:
+def running_ns(turns: Sequence[tuple[int, int]], began: int, ended: int) -> int:
+    """How much of `began` to `ended` fell into turns; all of them monotonic ns."""
     return sum(max(0, min(stop, ended) - max(start, began)) for start, stop in turns)
 
 

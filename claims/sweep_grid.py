@@ -5,8 +5,8 @@ loopback with 2 GiB), over the knobs that llama-bench has: threads for batches s
 measures every cell as llama-bench would by itself: a warm-up, then REPEATS turns, one cell after the other,
 each way to place the weights loaded once. The sweep then gets a fifth of the grid's
 time. What the grid calls best is the luckiest of many, so its BEST_CELLS best, the sweep's winner and the
-baselines then run against each other on fresh turns: in rounds, there and back through the placements, the
-order drawn anew each time.
+baselines then run against the winner on fresh turns, two at a time, both in memory, in turns of a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+import psutil
+
 from claims import Figure, claim
-from claims._cells import measure_grid, measure_rounds, say
+from claims._cells import Duellist, measure_duel, measure_grid, say
 from claims._slice import peer, true_slice
 from qnext.bench.verdict import Verdict, compare_paired
 from qnext.config import Paths
+from qnext.engine.rpc import RpcWorker
 from qnext.hardware import detect_machine
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_setup import prepare_sweep
@@ -35,7 +38,7 @@ LAYERS = 8
 DEVICE_BYTES = 2 << 30
 WORKLOAD = Workload(prompt=128, generate=16, depth=0)
 REPEATS, SHARE = 5, 0.2
-BEST_CELLS, ROUNDS, TURNS = 3, 5, 2
+BEST_CELLS, TURNS = 3, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,14 @@ def _said(verdicts: dict[str, Verdict]) -> str:
 
 @cache
 def _contest(*, rpc: bool) -> Contest:
-    with true_slice(LAYERS) as (model, home), _second_device(rpc) as extra:
+    with true_slice(LAYERS) as (model, home), _second_devices(rpc) as workers:
         cores = detect_machine(home).cpu.usable_cores or 1
         grid = Grid(threads_batch=(cores,))
         paths = Paths(home / "config", home / "data", home / "cache")
-        request = Request(model=str(model), context=1024, threads_batch=cores, workload=WORKLOAD, **extra)  # type: ignore[arg-type]
-        prepared = prepare_sweep(request, paths, say, grid=grid, seconds=3600.0)
+        request = Request(model=str(model), context=1024, threads_batch=cores, workload=WORKLOAD)
+        requests = [_with_device(request, worker) for worker in workers]
+        corners = [prepare_sweep(one, paths, say, grid=grid, seconds=3600.0) for one in requests]
+        request, prepared = requests[0], corners[0]
         times, grid_s = measure_grid(prepared, REPEATS)
         middle = {name: statistics.median(all_of_it) for name, all_of_it in times.items()}
         best = sorted(middle, key=lambda name: middle[name])[:BEST_CELLS]
@@ -146,8 +151,18 @@ def _contest(*, rpc: bool) -> Contest:
         roles = {cell.name: " and ".join(cell.roles) for cell in prepared.live if cell.roles}
         names = dict.fromkeys((run.result.winner, *best, *roles))
         say(f"sweep: {run.result.winner} in {sweep_s:.0f} s, {run.result.verdict}")
-        paired = measure_rounds(prepared, [cells[name] for name in names], rounds=ROUNDS, turns=TURNS)
         winner = cells[run.result.winner]
+        duels: dict[str, Verdict] = {}
+        for name in names:
+            if name != winner.name:
+                pair = (
+                    Duellist(
+                        corner, next(cell for cell in corner.live if cell.name == named), _process(worker)
+                    )
+                    for corner, named, worker in zip(corners, (winner.name, name), workers, strict=True)
+                )
+                duels[name] = compare_paired(*measure_duel(*pair, count=TURNS))
+                say(_said({name: duels[name]}))
         return Contest(
             winner=winner.name,
             grid_s=grid_s,
@@ -156,22 +171,26 @@ def _contest(*, rpc: bool) -> Contest:
             loads=steps[-1].race.loads + steps[-1].race.reloads,
             best=tuple(best),
             roles=roles,
-            against={
-                name: compare_paired(paired[winner.name], paired[name])
-                for name in names
-                if name != winner.name
-            },
+            against=duels,
         )
 
 
 @contextmanager
-def _second_device(wanted: bool) -> Iterator[dict[str, object]]:
-    """What a request says of the second device, which is there meanwhile."""
+def _second_devices(wanted: bool) -> Iterator[list[RpcWorker | None]]:
+    """A second device for each of two engines: a worker answers one at a time. None where unwanted."""
     if not wanted:
-        yield {}
+        yield [None, None]
         return
-    from qnext.engine.rpc import RpcWorker
-
     os.environ["PATH"] += os.pathsep + str(peer("llama-fit-params").parent)  # the baseline
-    with RpcWorker(threads=1) as worker:
-        yield {"rpc_servers": (worker.endpoint,), "device_memory": {"RPC0": DEVICE_BYTES}}
+    with RpcWorker(threads=1) as one, RpcWorker(threads=1) as other:
+        yield [one, other]
+
+
+def _with_device(request: Request, worker: RpcWorker | None) -> Request:
+    if worker is None:
+        return request
+    return replace(request, rpc_servers=(worker.endpoint,), device_memory={"RPC0": DEVICE_BYTES})
+
+
+def _process(worker: RpcWorker | None) -> tuple[psutil.Process, ...]:
+    return () if worker is None else (psutil.Process(worker.pid),)
