@@ -26,21 +26,33 @@ def both_servers(model: Path, home: Path, *, slots: int, context: int) -> Iterat
     """
     from qnext.engine.rpc import free_port
 
-    wishes = (str(model), "-np", str(slots), "-c", str(slots * context))
+    wishes = _wishes(model, slots, context)
     plan = json.loads(run_qnext(("plan", *wishes, "--json"), home))
     port = free_port()
     theirs = [str(peer("llama-server")), *plan["llama_server_argv"][1:], "--port", str(port)]
-    ours = [sys.executable, "-P", "-m", "qnext", "serve", *wishes, "--port", "0", "--json"]
     with (
         _running([*theirs, "--host", "127.0.0.1"], wheel_libraries(), home / "llama-server.log"),
-        _running(ours, {"QNEXT_HOME": str(home)}, home / "qnext.log") as started,
+        our_server(model, home, slots=slots, context=context) as (ours, _),
     ):
         _await(f"http://127.0.0.1:{port}/health", home / "llama-server.log")
+        yield f"http://127.0.0.1:{port}/v1", f"{ours}/v1"
+
+
+@contextlib.contextmanager
+def our_server(model: Path, home: Path, *, slots: int, context: int) -> Iterator[tuple[str, int]]:
+    """(address, process id) of `qnext serve`, ready. Raises CannotMeasure when it does not start."""
+    wishes = _wishes(model, slots, context)
+    argv = [sys.executable, "-P", "-m", "qnext", "serve", *wishes, "--port", "0", "--json"]
+    with _running(argv, {"QNEXT_HOME": str(home)}, home / "qnext.log") as started:
         assert started.stdout is not None
         line = started.stdout.readline()
         if not line:
             raise CannotMeasure(f"qnext serve did not start: {(home / 'qnext.log').read_text()[-300:]}")
-        yield f"http://127.0.0.1:{port}/v1", f"{json.loads(line)['url'].rstrip('/').removesuffix('/v1')}/v1"
+        yield str(json.loads(line)["url"]).rstrip("/").removesuffix("/v1"), started.pid
+
+
+def _wishes(model: Path, slots: int, context: int) -> tuple[str, ...]:
+    return (str(model), "-np", str(slots), "-c", str(slots * context))
 
 
 @contextlib.contextmanager

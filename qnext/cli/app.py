@@ -16,6 +16,7 @@ from qnext.cli.verbose import Verbose
 COMMANDS = {
     "run": "Chat with a model, or answer one --prompt.",
     "plan": "Show what goes where in memory, and how fast it should be.",
+    "forecast": "Measure a few layers here, and state the speed of the whole model.",
     "pull": "Fetch a model from the Hugging Face Hub, resumable and verified.",
     "doctor": "Tell what limits this machine, and what each fault costs.",
     "profile": "Look at hardware profiles, and keep one of this machine.",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,9 @@ from qnext.cli.bench_records import register
 from qnext.cli.fetch import Yes, with_model_here
 from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags
 from qnext.cli.output import note, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from qnext.store.record import Record
 
 app = typer.Typer(
     name="bench",
@@ -159,6 +162,10 @@ def history(
         str | None, typer.Argument(metavar="[MODEL]", help="Only models whose name contains this.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, metavar="N", help="How many records.")] = 20,
+    accuracy: Annotated[
+        bool,
+        typer.Option("--accuracy", metavar="", help="How far off the forecasts of these records were."),
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", metavar="", help="Print the records as JSON.")
     ] = False,
@@ -173,7 +180,9 @@ def history(
     from qnext.store.results import ResultStore
 
     records = ResultStore(find_paths().results_db).history(limit, model=model)
-    if json_output:
+    if accuracy:
+        _tell_accuracy(records, json_output=json_output)
+    elif json_output:
         print_json({"schema": "qnext.history/1", "records": [record_to_dict(record) for record in records]})
     elif records:
         print_table(history_view(records))
@@ -181,6 +190,30 @@ def history(
         note("nothing measured yet; start with: qnext bench run demo")
     else:
         note(f"nothing measured for a model called '{model}'; see all: qnext bench history")
+
+
+def _tell_accuracy(records: Sequence[Record], *, json_output: bool) -> None:
+    from qnext.bench.accuracy import accuracy
+    from qnext.report.record_view import accuracy_view
+
+    found = {
+        kind: accuracy(
+            [
+                (test.predicted_tps, test.median_tps)
+                for record in records
+                for test in record.tests
+                if test.predicted_tps is not None and bool(test.prompt) is (kind == "prefill")
+            ]
+        )
+        for kind in ("decode", "prefill")
+    }
+    if json_output:
+        told = {kind: None if one is None else asdict(one) for kind, one in found.items()}
+        print_json({"schema": "qnext.accuracy/1", "records": len(records), **told})
+    elif any(found.values()):
+        print_table(accuracy_view(found))
+    else:
+        note("no record has a forecast beside its figures yet; start with: qnext bench run demo")
 
 
 @app.command("show")

@@ -16,10 +16,20 @@ EndReason = Literal["eos", "stop", "length", "context", "dropped", "deadline", "
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtBudget:
+    """At most `budget` tokens of thinking, then `closing` is said. No `opening`: the prompt has opened it."""
+
+    budget: int
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One answer to make, of `text` or of `tokens`.
 
-    `max_tokens` None: up to the end of the slot's context. `sampling` as `qnext.engine.serving` takes it.
+    `max_tokens` None: up to the end of the slot's context. Before `min_tokens` the model cannot end it, with
+    `ignore_eos` never. `sampling` as `qnext.engine.serving` takes it.
     `grammar` is GBNF, in force from the start or, with `grammar_after`, after the first of these tokens;
     `logprobs` how many alternatives to tell of each token, 0 for the token's own.
     `boundaries` are positions in tokens at which the state of the prompt is worth keeping.
@@ -31,12 +41,14 @@ class Job:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     logprobs: int | None = None
     grammar: str | None = None
     grammar_after: tuple[int, ...] = ()
     deadline_s: float | None = None
     boundaries: tuple[int, ...] = ()
     cache: bool = True
+    thought: ThoughtBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from qnext.engine.protocol import Message
@@ -177,12 +177,14 @@ def _submission(number: int, job: Job) -> Message:
         "sampling": dict(job.sampling),
         "stop": list(job.stop),
         "ignore_eos": job.ignore_eos,
+        "min_tokens": job.min_tokens,
         "logprobs": job.logprobs,
         "grammar": job.grammar,
         "grammar_lazy": list(job.grammar_after) or None,
         "deadline_s": job.deadline_s,
         "boundaries": list(job.boundaries) or None,  # None: the engine looks for messages itself
         "cache": job.cache,
+        "thought": asdict(job.thought) if job.thought else None,
     }
 
 

@@ -18,7 +18,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from qnext.plan.speed import Load, MachineSpeeds, active_work, decode_terms, pre
 from qnext.plan.speed_history import NOTHING_LEARNT, SpeedHistory, SpeedTest, learn, model_key, parts_ns
 from qnext.plan.values import HOST, Workload
 from qnext.plan.weights import assign_buffers
+from qnext.store.identity import digest_of, utc_now
 from qnext.units import GIB
 
 if TYPE_CHECKING:
@@ -66,7 +67,32 @@ def remember_speeds(record: Record, planned: PlannedModel, build: EngineBuild, p
 
     Not being able to write costs only what would have been learnt.
     """
-    found = _teaching(record, planned)
+    _keep(_teaching(record, planned), planned, build, paths)
+
+
+def remember_slices(
+    speeds: Mapping[Workload, float], planned: PlannedModel, build: EngineBuild, paths: Paths
+) -> None:
+    """Keep what slices say of the model that was planned, as if it had been measured: tokens per second of
+    workloads that are either a prompt or an answer.
+    """
+    problem, placement = planned.problem, planned.plan.placement
+    if any(device.kind == "rpc" for device in planned.plan.devices):
+        return
+    used = problem.used(placement)
+    placed = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
+    load = active_work(problem.shape, placed, {device.buffer_type: device.name for device in used})
+    common = _common(planned, load, digest_of(asdict(placement)), utc_now())
+    found = []
+    for workload, tps in speeds.items():
+        kind, terms = _terms(workload, planned, load)
+        name = f"slice pp{workload.prompt}" if workload.prompt else f"slice tg @ d{workload.depth}"
+        measured = {"tps": tps, "samples": STEADY_SAMPLES}
+        found.append({**common, "test": name, "kind": kind, "terms": terms, **measured})
+    _keep(found, planned, build, paths)
+
+
+def _keep(found: list[dict[str, Any]], planned: PlannedModel, build: EngineBuild, paths: Paths) -> None:
     if not found:
         return
     path = _entry(planned.surroundings.machine, build, paths)
@@ -125,7 +151,7 @@ def _speed_test(entry: Mapping[str, Any], ram_bps: int | None) -> SpeedTest:
 def _teaching(record: Record, planned: PlannedModel) -> list[dict[str, Any]]:
     """The tests of a record that can teach, as they are kept."""
     problem, placement, devices = planned.problem, planned.plan.placement, planned.plan.devices
-    power, speeds = record.identity.power or {}, planned.surroundings.speeds
+    power = record.identity.power or {}
     if record.status != "ok" or record.identity.environment or power.get("on_battery") is True:
         return []
     if placement.parallel != 1 or placement.load_mtp or any(device.kind == "rpc" for device in devices):
@@ -136,20 +162,26 @@ def _teaching(record: Record, planned: PlannedModel) -> list[dict[str, Any]]:
     if sum(item.tensor.nbytes for item in placed) < least:
         return []
     load = active_work(problem.shape, placed, {device.buffer_type: device.name for device in used})
-    common = {
-        "model": model_key(problem.shape),
-        "placement": record.identity.placement,
-        "when": record.when,
-        "ram_bps": speeds.ram_bps,
-        "several_gpus": several_gpus(load, {device.name: device.kind for device in devices}),
-    }
+    common = _common(planned, load, record.identity.placement, record.when)
     found = []
     for test in filter(_is_sound, record.tests):
-        kind, terms = _terms(test, planned, load)
+        workload = Workload(test.prompt, test.generate, test.depth)
+        kind, terms = _terms(workload, planned, load)
         if _has_its_threads(kind, terms, planned):
             measured = {"tps": test.median_tps, "samples": len(test.samples_ns)}
             found.append({**common, "test": test.name, "kind": kind, "terms": terms, **measured})
     return found
+
+
+def _common(planned: PlannedModel, load: Load, placement: str, when: str) -> dict[str, Any]:
+    """What all tests of a model placed one way have in common, as it is kept."""
+    return {
+        "model": model_key(planned.problem.shape),
+        "placement": placement,
+        "when": when,
+        "ram_bps": planned.surroundings.speeds.ram_bps,
+        "several_gpus": several_gpus(load, {device.name: device.kind for device in planned.plan.devices}),
+    }
 
 
 def _is_sound(test: TestResult) -> bool:
@@ -162,12 +194,11 @@ def _is_sound(test: TestResult) -> bool:
     return all(warning.kind == "few_samples" for warning in sample_warnings(test.samples_ns))
 
 
-def _terms(test: TestResult, planned: PlannedModel, load: Load) -> tuple[str, dict[str, float]]:
+def _terms(workload: Workload, planned: PlannedModel, load: Load) -> tuple[str, dict[str, float]]:
     """What was measured, and the terms of its forecast without any history."""
     problem, placement, devices = planned.problem, planned.plan.placement, planned.plan.devices
     speeds = replace(planned.surroundings.speeds, history=NOTHING_LEARNT)
-    workload = Workload(test.prompt, test.generate, test.depth)
-    if not test.prompt:
+    if not workload.prompt:
         return "decode", decode_terms(load, placement, devices, speeds, workload)
     kinds = {device.name: device.kind for device in devices}
     return "prefill", prefill_terms(load, problem.shape, kinds, placement, speeds, workload)

@@ -11,10 +11,11 @@ from qnext.store.record import Record, TestResult
 from qnext.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Group, RenderableType
 
+    from qnext.bench.accuracy import Accuracy
     from qnext.pipeline.conversation import Turn
     from qnext.pipeline.planning import PlannedModel
 
@@ -64,6 +65,20 @@ def run_view(record: Record) -> Group:
     parts += [Text(f"warning: {warning}", style="yellow") for warning in record.warnings]
     parts.append(Text(f"recorded; see it again with: qnext bench show {record.id}", style="dim"))
     return Group(*parts)
+
+
+def accuracy_view(found: Mapping[str, Accuracy | None]) -> RenderableType:
+    """How far off forecasts were, a row for decode and one for prefill."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "tests", "median error", "largest", "inside range", "forecast / measured"):
+        table.add_column(title, justify="right" if title else "left")
+    for kind, one in found.items():
+        if one is not None:
+            shares = (f"{one.median_error:.1%}", f"{one.worst_error:.1%}", f"{one.inside:.0%}")
+            table.add_row(kind, str(one.tests), *shares, f"{one.bias:.2f}")
+    return table
 
 
 def speed_table(tests: Sequence[TestResult]) -> RenderableType:

@@ -16,7 +16,7 @@ from qnext.models.tool_calls import CallArguments, CallBegun, Said, Warned
 from qnext.pipeline.serve_values import Ended, Piece, ServedModel
 from qnext.serve.body import StrictRoute
 from qnext.serve.chunks import Chunks, finish_reason, timings, usage
-from qnext.serve.conversation import Conversation, make_prompt, read_messages
+from qnext.serve.conversation import Conversation, ThoughtTags, make_prompt, read_messages
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
 from qnext.serve.info import count_tokens
@@ -35,7 +35,7 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
     @router.post("/v1/chat/completions", tags=["OpenAI"], **answers("chat.completion"))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
-        work = _Chat(server, server.model(), body, texts, await texts.thought_end())
+        work = _Chat(server, server.model(), body, texts, await texts.thought_tags())
         if body.stream:
             return EventStream(work.stream(), error_event)
         return await while_connected(request, work.collect())
@@ -77,12 +77,12 @@ class _Chat:
         model: ServedModel,
         asked: ChatRequest,
         texts: TokenTexts,
-        thought_end: int | None,
+        tags: ThoughtTags,
     ) -> None:
         self.server, self.asked, self.texts = server, asked, texts
         if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
-        self.prompt = prompt = make_prompt(model, _read_conversation(asked), thought_end)
+        self.prompt = prompt = make_prompt(model, _read_conversation(asked), tags)
         n = asked.n or 1
         self.choices = [_Choice(prompt.parser()) for _ in range(n)]
         limit = read_limit(
@@ -190,6 +190,7 @@ def _read_conversation(asked: ChatRequest) -> Conversation:
         choice=choice if isinstance(choice, str) else "required",
         named=None if isinstance(choice, str) else choice.function.name,
         thinking=thinking,
+        thought_tokens=_read_thought_tokens(asked),
         variables=asked.chat_template_kwargs or {},
         response_format=asked.response_format.model_dump(by_alias=True, exclude_none=True)
         if asked.response_format
@@ -197,6 +198,14 @@ def _read_conversation(asked: ChatRequest) -> Conversation:
         grammar=asked.grammar,
         parallel=asked.parallel_tool_calls is not False,
     )
+
+
+def _read_thought_tokens(asked: ChatRequest) -> int | None:
+    """The first limit of thinking that is given, by Qwen's name or llama-server's; -1 is none."""
+    for value in (asked.thinking_budget, asked.reasoning_budget_tokens, asked.thinking_budget_tokens):
+        if value is not None:
+            return None if value < 0 else value
+    return None
 
 
 def _delta(part: AnswerEvent, choice: _Choice) -> str | None:

@@ -11,7 +11,7 @@ from qnext.models.answer import AnswerParser
 from qnext.models.chat import THINK_OPEN
 from qnext.models.response_grammar import response_grammar
 from qnext.models.tool_calls import CLOSE, ToolFormat, tool_format
-from qnext.pipeline.serve_values import Ended, ServedModel
+from qnext.pipeline.serve_values import Ended, ServedModel, ThoughtBudget
 from qnext.serve.errors import ApiError
 from qnext.serve.forcing import call_grammar, either
 from qnext.serve.schemas import ChatMessage, ContentPart
@@ -20,11 +20,19 @@ _RESERVED = ("messages", "tools", "bos_token", "eos_token")
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtTags:
+    """The tokens of `<think>` and of `</think>`, in many vocabularies one each."""
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """`messages` and `tools` in OpenAI's form. `choice`: auto, none, required, or `named` a function's name.
 
-    `thinking` None leaves it to the template; `variables` are the template's own. `grammar` is the client's
-    GBNF; not `parallel`: the answer ends with its first call.
+    `thinking` None leaves it to the template, for at most `thought_tokens`; `variables` are the template's
+    own. `grammar` is the client's GBNF; not `parallel`: the answer ends with its first call.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -32,6 +40,7 @@ class Conversation:
     choice: str = "auto"
     named: str | None = None
     thinking: bool | None = None
+    thought_tokens: int | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     response_format: Mapping[str, Any] | None = None
     grammar: str | None = None
@@ -42,7 +51,7 @@ class Conversation:
 class Prompt:
     """The text, or instead the tokens `ids`, that the model continues, and what it takes to read its answer.
 
-    `grammar_after` as in Job. `stop` ends the answer beside the client's own stop strings.
+    `grammar_after` and `thought` as in Job. `stop` ends the answer beside the client's own stop strings.
     """
 
     text: str
@@ -52,6 +61,7 @@ class Prompt:
     grammar_after: tuple[int, ...] = ()
     ids: Sequence[int] | None = None
     stop: tuple[str, ...] = ()
+    thought: ThoughtBudget | None = None
 
     def parser(self) -> AnswerParser:
         """A reader for one answer."""
@@ -62,11 +72,11 @@ class Prompt:
         return ended.stop_text if ended.stop_text is not None and ended.stop_text in self.stop else ""
 
 
-def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None = None) -> Prompt:
+def make_prompt(model: ServedModel, asked: Conversation, tags: ThoughtTags | None = None) -> Prompt:
     """The prompt of a conversation. Raises ApiError: without a template there is no chat, a template may take
     no tools, and some refuse an order of messages.
 
-    Where the template opens the thinking itself, a grammar holds only after the token `thought_end`.
+    Where the template opens the thinking itself and its end is one token, a grammar holds only after that.
     """
     if model.template is None:
         raise ApiError(
@@ -93,14 +103,19 @@ def make_prompt(model: ServedModel, asked: Conversation, thought_end: int | None
     except ModelError as error:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error
     grammar = _make_grammar(asked, tools, style)
-    thinks = grammar is not None and thought_end is not None and text.rstrip().endswith(THINK_OPEN)
+    thinks = text.rstrip().endswith(THINK_OPEN)
+    after = tags.closing if grammar and tags and thinks and len(tags.closing) == 1 else ()
+    thought = None
+    if asked.thought_tokens is not None and tags and (after or not grammar):
+        thought = ThoughtBudget(asked.thought_tokens, () if thinks else tags.opening, tags.closing)
     return Prompt(
         text,
         tools,
         style,
         grammar,
-        grammar_after=(thought_end,) if thinks and thought_end is not None else (),
+        grammar_after=after,
         stop=() if asked.parallel or style is None else (CLOSE,),
+        thought=thought,
     )
 
 

@@ -41,11 +41,13 @@ def make_job(
         sampling=read_sampling(asked, model, choice),
         stop=(*read_stops(asked), *prompt.stop),
         ignore_eos=bool(asked.ignore_eos),
+        min_tokens=asked.min_tokens or 0,
         logprobs=logprobs,
         grammar=prompt.grammar,
         grammar_after=prompt.grammar_after,
         deadline_s=server.settings.deadline_s,
         cache=asked.cache_prompt is not False,
+        thought=prompt.thought,
     )
 
 

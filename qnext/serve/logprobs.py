@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnext.models.chat import THINK_CLOSE
+from qnext.models.chat import THINK_CLOSE, THINK_OPEN
 from qnext.pipeline.serve_values import Backend, Piece
+from qnext.serve.conversation import ThoughtTags
 
 
 class TokenTexts:
@@ -14,7 +15,7 @@ class TokenTexts:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[int, bytes] = {}
-        self._thought_end: list[int] | None = None
+        self._tags: ThoughtTags | None = None
 
     async def of(self, piece: Piece) -> bytes:
         """The bytes of the token of `piece`."""
@@ -26,11 +27,12 @@ class TokenTexts:
             self._known[piece.token] = (await self._backend.detokenize([piece.token])).encode()
         return self._known[piece.token]
 
-    async def thought_end(self) -> int | None:
-        """The token that ends thinking, None where that is not one token. Raises Unavailable."""
-        if self._thought_end is None:
-            self._thought_end = await self._backend.tokenize(THINK_CLOSE, special=True)
-        return self._thought_end[0] if len(self._thought_end) == 1 else None
+    async def thought_tags(self) -> ThoughtTags:
+        """The tokens around thinking. Raises Unavailable."""
+        if self._tags is None:
+            opening, closing = [await self._backend.tokenize(tag) for tag in (THINK_OPEN, THINK_CLOSE)]
+            self._tags = ThoughtTags(tuple(opening), tuple(closing))
+        return self._tags
 
 
 def chat_logprob(piece: Piece, data: bytes, count: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qnext.models.tool_calls import CallArguments, CallBegun, CallEnded, Said
 from qnext.pipeline.serve_values import Begun, Ended, ServedModel
 from qnext.serve.answering import read_answer
 from qnext.serve.body import StrictRoute
-from qnext.serve.conversation import make_prompt
+from qnext.serve.conversation import ThoughtTags, make_prompt
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
 from qnext.serve.info import count_tokens
@@ -36,7 +36,7 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
     @router.post(_PATH, tags=["Anthropic"], **answers("message", errors=ANTHROPIC_ERROR_SCHEMA))
     async def create(body: MessagesRequest, request: Request) -> Response:
         """Answer the last turn."""
-        work = _Message(server, server.model(), body, await texts.thought_end())
+        work = _Message(server, server.model(), body, await texts.thought_tags())
         if body.stream:
             return EventStream(work.stream(), error_event)
         return await while_connected(request, work.collect())
@@ -63,11 +63,9 @@ def error_event(error: ApiError) -> bytes:
 class _Message:
     """One request."""
 
-    def __init__(
-        self, server: Server, model: ServedModel, asked: MessagesRequest, thought_end: int | None
-    ) -> None:
+    def __init__(self, server: Server, model: ServedModel, asked: MessagesRequest, tags: ThoughtTags) -> None:
         self.server = server
-        prompt = make_prompt(model, read_conversation(asked), thought_end)
+        prompt = make_prompt(model, read_conversation(asked), tags)
         limit = read_limit(("max_tokens", asked.max_tokens))
         self.job = make_job(server, model, asked.sampling(), prompt=prompt, limit=limit)
         self.prompt = prompt

@@ -51,10 +51,10 @@ class MessagesToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether to think aloud, where the model's template can switch it."""
+    """Whether to think aloud, where the model's template can switch it, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
 
 class CountRequest(Strict):
@@ -107,6 +107,7 @@ def read_conversation(asked: CountRequest) -> Conversation:
         parallel=not (choice and choice.disable_parallel_tool_use),
         named=choice.name if choice and kind == "tool" else None,
         thinking=None if asked.thinking is None else asked.thinking.type != "disabled",
+        thought_tokens=asked.thinking.budget_tokens if asked.thinking else None,
     )
 
 

@@ -67,6 +67,7 @@ class Meters:
             ("answers_total", "Answers that came to their end", self.answers),
             ("answers_left_total", "Answers whose client went away", self.left),
             ("answers_failed_total", "Answers that ended in an error", self.failed),
+            ("llama_decode_seconds_total", "Time inside llama_decode", totals.get("native_ns", 0) / _NS),
             ("requests_turned_away_total", "Requests answered with 429", turned_away),
         )
         own_gauges = (

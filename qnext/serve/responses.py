@@ -16,7 +16,7 @@ from qnext.models.answer import Thought
 from qnext.pipeline.serve_values import Begun, Ended, ServedModel
 from qnext.serve.answering import read_answer
 from qnext.serve.body import StrictRoute
-from qnext.serve.conversation import make_prompt
+from qnext.serve.conversation import ThoughtTags, make_prompt
 from qnext.serve.errors import ApiError
 from qnext.serve.generating import Server
 from qnext.serve.info import count_tokens
@@ -36,7 +36,7 @@ def make_routes(server: Server, texts: TokenTexts) -> APIRouter:
     @router.post("/v1/responses", tags=["OpenAI"], **answers("response"))
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input."""
-        work = _Responding(server, server.model(), body, await texts.thought_end())
+        work = _Responding(server, server.model(), body, await texts.thought_tags())
         if body.stream:
             return EventStream(work.stream(), work.error_event)
         return await while_connected(request, work.collect())
@@ -57,11 +57,11 @@ class _Responding:
     """One request."""
 
     def __init__(
-        self, server: Server, model: ServedModel, asked: ResponsesRequest, thought_end: int | None
+        self, server: Server, model: ServedModel, asked: ResponsesRequest, tags: ThoughtTags
     ) -> None:
         self.server, self.output = server, Output()
         self.thought = 0
-        prompt = make_prompt(model, read_conversation(asked), thought_end)
+        prompt = make_prompt(model, read_conversation(asked), tags)
         limit = read_limit(("max_output_tokens", asked.max_output_tokens))
         self.job = make_job(server, model, asked.sampling(), prompt=prompt, limit=limit)
         self.prompt = prompt

@@ -150,6 +150,9 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Json | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Count | None = None
+    reasoning_budget_tokens: Count | None = None
+    thinking_budget_tokens: Count | None = None
     reasoning_effort: str | None = None
 
 

@@ -95,6 +95,7 @@ def test_what_cannot_be_is_refused_with_a_way_on(
     assert done.returncode == 2 and told in done.stderr and "try:" in done.stderr and not done.stdout
 
 
+@pytest.mark.thorough
 def test_exports_go_to_stdout_or_a_file_and_come_back(command: Command, tmp_path: Path) -> None:
     table = command("export", "--format", "markdown").stdout
     assert table.count("tg128") == 3 and "build: feed12345 (0)" in table

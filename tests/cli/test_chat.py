@@ -54,6 +54,7 @@ def test_a_conversation_with_all_its_commands(terminal: Open, qnext: Qnext) -> N
     assert record["text"] is None
 
 
+@pytest.mark.thorough
 def test_an_answer_that_cannot_be_recorded_is_kept(
     terminal: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def test_a_recorded_machine_can_be_examined_and_what_it_says_read_again(qnext: Q
     assert document["engine"] is None and document["models"] == []
 
 
+@pytest.mark.thorough
 def test_warnings_end_with_3_only_when_strict(qnext: Qnext) -> None:
     arguments = ("doctor", "--hardware", "laptop-8gb")
     assert qnext(*arguments).returncode == 0
@@ -83,6 +84,7 @@ def test_markdown_has_all_findings_and_nothing_personal(qnext: Qnext, qnext_home
         assert personal not in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_saved_machine_can_be_planned_for(qnext: Qnext, tmp_path: Path) -> None:
     home = {"QNEXT_HOME": str(tmp_path)}
     done = qnext("doctor", "--save", "mine", env=home)

@@ -36,6 +36,7 @@ def test_the_list_shows_every_shipped_machine_in_80_columns(qnext: Qnext, home: 
     assert "qnext profile save NAME" in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_saved_machine_is_listed_shown_planned_for_and_not_overwritten(
     qnext: Qnext, home: dict[str, str], demo_model: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_repository_is_planned_from_its_headers_alone(qnext: Qnext, ladder: Hu
     assert sent < 12 << 20
 
 
+@pytest.mark.thorough
 def test_preferences_take_the_ends_of_the_ladder(qnext: Qnext, ladder: HubServer) -> None:
     taken = {
         prefer: json.loads(
@@ -91,6 +92,7 @@ def test_a_terminal_shows_that_headers_are_read_and_scripts_see_nothing(
     assert ("planning Tiny-Next-GGUF" in shown.text) is not for_scripts
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_run_fetches_what_it_planned_and_the_next_run_has_it(
     qnext: Qnext,
@@ -130,6 +132,7 @@ def test_a_name_that_is_none_names_the_nearest(qnext: Qnext) -> None:
     assert done.returncode == 5 and "qwen3-next-80b-a3b" in done.stderr
 
 
+@pytest.mark.thorough
 def test_pull_takes_the_quant_that_plan_takes_here(qnext: Qnext, ladder: HubServer) -> None:
     planned = json.loads(qnext("plan", REPO, "--json").stdout)
     shown = json.loads(qnext("pull", REPO, "--dry-run", "--json").stdout)
@@ -144,6 +147,7 @@ def test_pull_takes_the_quant_that_plan_takes_here(qnext: Qnext, ladder: HubServ
     assert checked.returncode == 5 and "Name one" in checked.stderr
 
 
+@pytest.mark.thorough
 def test_pull_refuses_where_no_quant_fits_unless_one_is_named(qnext: Qnext, ladder: HubServer) -> None:
     refused = qnext("pull", REPO, env={"QNEXT_RAM": "16M"})
     assert refused.returncode == 4 and f"qnext pull {REPO}:" in refused.stderr

@@ -56,6 +56,7 @@ def test_a_dry_run_names_repository_and_cache_on_lines_of_their_own(hub: FaultyH
     assert [line.split()[0] for line in lines[1:5]] == ["file", *(file.path for file in quant.files), "all"]
 
 
+@pytest.mark.thorough
 def test_verify_names_the_bad_file_and_repair_replaces_it(hub: FaultyHub, qnext: Qnext) -> None:
     make_quant(hub, SIZES)
     missing = qnext("pull", REPO, "--verify")

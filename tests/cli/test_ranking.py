@@ -127,6 +127,7 @@ def test_preferences_reach_every_model() -> None:
             assert one.candidate.prediction.decode_tps.mid >= 100
 
 
+@pytest.mark.thorough
 def test_the_table_stays_inside_80_columns_and_json_says_the_same(qnext: Qnext) -> None:
     shown = qnext("plan", "--all", "--hardware", "rtx4070-64gb", env={"COLUMNS": "80"})
     assert shown.returncode == 0, shown.stderr
@@ -164,6 +165,7 @@ def test_without_a_terminal_nothing_is_proposed(qnext: Qnext, arguments: tuple[s
     assert "qnext plan --all" in done.stderr and "qnext run MODEL" in done.stderr
 
 
+@pytest.mark.thorough
 def test_online_plans_the_others_from_published_headers(
     qnext: Qnext,
     hub: HubServer,  # noqa: F811
@@ -179,6 +181,7 @@ def test_online_plans_the_others_from_published_headers(
     assert models["gpt-oss-20b"]["basis"] == "shape"
 
 
+@pytest.mark.thorough
 def test_online_asks_for_several_models_at_once(
     hub: HubServer,  # noqa: F811
     tmp_path: Path,
@@ -215,6 +218,7 @@ def test_online_asks_for_several_models_at_once(
     assert len([notice for notice in notices if "judged by size alone" in notice]) == total
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_run_alone_proposes_asks_fetches_and_the_next_time_offers_what_is_here(
     terminal: Open,

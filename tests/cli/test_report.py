@@ -304,6 +304,7 @@ def _fields(one: Cell) -> dict[str, Any]:
     return {name: getattr(one, name) for name in Cell.__dataclass_fields__}
 
 
+@pytest.mark.thorough
 def test_the_command_writes_the_newest_sweep(qnext: Qnext, tmp_path: Path) -> None:
     home = tmp_path / "home"
     environment = {"QNEXT_HOME": str(home)}

@@ -57,6 +57,7 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             process.kill()
 
 
+@pytest.mark.thorough
 def test_figures_agree_with_the_servers_own_timings(served: str) -> None:
     task = EndpointTask(served, concurrency=(1, 2), prompt=256, generate=32, repetitions=3)
     found = measure_endpoint(task, EndpointWatch())
@@ -77,6 +78,7 @@ def test_figures_agree_with_the_servers_own_timings(served: str) -> None:
     assert one.decode_tps and one.decode_tps.median / own_decode == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.thorough
 def test_one_server_against_itself_has_pairs_of_equal_prompts_and_no_cache_hit(served: str) -> None:
     task = EndpointTask(served, concurrency=(2,), prompt=128, generate=8, repetitions=2)
     found = measure_pair(PairTask(task, served), PairWatch())

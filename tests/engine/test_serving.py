@@ -40,6 +40,28 @@ def test_greedy_text_is_the_same_alone_in_company_and_from_generate(
     assert session.tokenize("a"), "the session is free again"
 
 
+def test_thinking_is_closed_when_its_budget_is_spent(client: Client) -> None:
+    plain, _ = client.ask()
+    closing = client.tokens("</think>")
+    thought = {"budget": 5, "opening": [], "closing": closing}
+    text, ended = client.ask(thought=thought, max_tokens=5 + len(closing) + 3)
+    before, _, after = text.partition("</think>")
+    assert before and plain.startswith(before) and after
+    assert ended["generated"] == 5 + len(closing) + 3
+    other, _ = client.ask(thought={**thought, "opening": closing})
+    assert other == plain, "thinking that was never opened has no end"
+
+
+def test_an_answer_does_not_end_before_min_tokens_unless_a_grammar_ends_it(client: Client) -> None:
+    plain, ended = client.ask()
+    assert ended["reason"] == "eos"
+    length = ended["generated"]
+    text, ended = client.ask(min_tokens=length + 5, max_tokens=length + 20)
+    assert ended["generated"] >= length + 5 and text.startswith(plain) and len(text) > len(plain)
+    text, ended = client.ask(min_tokens=50, grammar='root ::= "yes"')
+    assert (text, ended["reason"]) == ("yes", "eos")
+
+
 def test_every_token_of_a_step_comes_in_one_frame(client: Client) -> None:
     many = [client.submit(max_tokens=12, ignore_eos=True) for _ in range(SLOTS)]
     for identity in many:

@@ -45,6 +45,7 @@ def test_boundaries_say_where_to_come_back_to(client: Client) -> None:
     assert again["cached_tokens"] == 270
 
 
+@pytest.mark.thorough
 def test_a_conversation_comes_back_after_others_have_taken_its_slot(client: Client) -> None:
     answer, first = client.ask(talk(LONG))
     others = [client.submit(talk(f"Number {n}. " * 40), max_tokens=2) for n in range(SLOTS + 2)]
@@ -83,6 +84,7 @@ def test_without_room_for_copies_nothing_is_kept_but_what_the_slots_hold(session
     assert client.engine.stop()
 
 
+@pytest.mark.thorough
 def test_copies_stay_within_their_budget(session: EngineSession) -> None:
     budget = 3 << 20
     client = Client(session, cache_bytes=budget)

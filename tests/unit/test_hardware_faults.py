@@ -64,6 +64,7 @@ def one_of_each(root: Path) -> list[Path]:
     return [path for path in kinds.values() if path.is_file()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_broken_sensor_costs_its_own_fact_and_no_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

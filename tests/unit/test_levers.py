@@ -34,6 +34,7 @@ def problem(machine: Machine, **budgets: int) -> Problem:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["rtx4070-64gb", "epyc-12ch-cpu", "strix-halo-128gb", "dual-3090-128gb"])
 def test_each_lever_can_be_planned_and_saves_what_it_says(name: str) -> None:
     machine = load_machine(name)

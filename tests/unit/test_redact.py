@@ -60,6 +60,7 @@ def machine_full_of(text: str) -> Machine:
     return dataclasses.replace(machine, sources={**sources, text: text})
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(SECRETS), st.sampled_from(FRAMES), st.sampled_from(FRAMES))
 def test_no_secret_survives_in_any_text_of_a_machine(secret: str, outer: str, inner: str) -> None:

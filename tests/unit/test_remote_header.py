@@ -246,6 +246,7 @@ def test_a_plain_address_is_read_like_a_repository(
 SMALL = ["a", "bb", "token", "ünïcode", "x" * 70]
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 1000).map(Random),

@@ -107,6 +107,22 @@ def test_a_format_holds_only_after_thinking_that_the_template_opens() -> None:
     assert held.jobs[0].grammar_after == (42,)
 
 
+@pytest.mark.parametrize("name", ["thinking_budget", "reasoning_budget_tokens", "thinking_budget_tokens"])
+def test_thinking_may_have_a_budget(name: str) -> None:
+    opened = backend("</think>hm")
+    post("/v1/chat/completions", CHAT | {name: 7, "enable_thinking": True}, backend=opened)
+    thought = opened.jobs[0].thought
+    assert thought and thought.budget == 7 and thought.opening == () and thought.closing
+    left_to_it = backend("hm")
+    post("/v1/chat/completions", CHAT | {name: 7}, backend=left_to_it)
+    thought = left_to_it.jobs[0].thought
+    assert thought and thought.opening
+    for more in ({name: -1}, {name: 7, "response_format": {"type": "json_object"}}):
+        free = backend("{}")
+        post("/v1/chat/completions", CHAT | more, backend=free)
+        assert free.jobs[0].thought is None
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [

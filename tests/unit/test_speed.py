@@ -260,6 +260,7 @@ def fit_script() -> ModuleType:
     return module
 
 
+@pytest.mark.thorough
 def test_the_constants_are_the_fit_of_the_published_measurements() -> None:
     script = fit_script()
     assert script.data_digest() == kernels.DATA_DIGEST, "run scripts/fit_speed.py --write"

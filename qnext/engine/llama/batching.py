@@ -35,7 +35,8 @@ _NO_ROOM = 1
 class Totals:
     """Counts since the loop began. `busy_slots_sum` adds up the texts that took part in each step.
 
-    `prompt_ns` is the time of steps with a chunk of a prompt in them, `decode_ns` that of the others.
+    `prompt_ns` is the time of steps with a chunk of a prompt in them, `decode_ns` that of the others, and
+    `native_ns` what llama_decode took of both.
     """
 
     prompt_tokens: int = 0
@@ -45,6 +46,7 @@ class Totals:
     decode_ns: int = 0
     steps: int = 0
     busy_slots_sum: int = 0
+    native_ns: int = 0
 
 
 class Batcher:
@@ -76,9 +78,10 @@ class Batcher:
         self._batch = Batch(active["batch"], placement.parallel)
         self._policy = ChunkPolicy(min(active["ubatch"], active["batch"]), stall_s)
         self._suppressed = np.array(vocabulary.suppressed(), np.int64)
+        self._ending = frozenset(vocabulary.enders())
+        self._enders = np.array(sorted(self._ending), np.int64)
         self._rows = _LogitRows(context.handle, placement.parallel, vocabulary.size)
         self._pieces: dict[int, bytes] = {}
-        self._enders: dict[int, bool] = {}
         self._queue: deque[Job] = deque()
         self._active: dict[int, Job] = {}
         self.totals = Totals()
@@ -212,7 +215,9 @@ class Batcher:
     def _decode(self, shares: dict[int, int]) -> bool:
         """Evaluate the step; False if it could not be and something was given up to make room."""
         self._fill(shares)
+        began = time.perf_counter_ns()
         status = self._batch.decode(self._context.handle)
+        self.totals.native_ns += time.perf_counter_ns() - began
         if status == 0:
             return True
         if status == _NO_ROOM:
@@ -259,17 +264,19 @@ class Batcher:
         told: list[list[object]] = []
         ended: list[tuple[Job, str]] = []
         for row, job in zip(rows, jobs, strict=True):
+            if job.must_go_on:
+                row[self._enders] = -np.inf
             try:
-                token = job.sampler.choose(row)
+                token = job.choose(row)
             except DeadEnd:
-                ended.append((job, "error"))
+                ended.append((job, "eos" if job.must_go_on else "error"))
                 continue
             if not job.first_ns:
                 job.first_ns = now
             job.last_ns = now
             job.pending = token
             job.generated += 1
-            if not job.asked.ignore_eos and self._ends(token):
+            if token in self._ending:
                 ended.append((job, "eos"))
                 continue
             told.append(self._entry(job, token, row))
@@ -298,12 +305,6 @@ class Batcher:
         if piece is None:
             piece = self._pieces[token] = self._vocabulary.piece(token)
         return piece
-
-    def _ends(self, token: int) -> bool:
-        known = self._enders.get(token)
-        if known is None:
-            known = self._enders[token] = self._vocabulary.ends_generation(token)
-        return known
 
     def end(self, job: Job, reason: str, *, message: str | None = None) -> None:
         """Tell the parent that `job` is over, and give its sequence to the next."""

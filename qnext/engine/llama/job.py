@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, field
 
 from qnext.engine.llama.prompt_cache import Held
-from qnext.engine.llama.sampler import Sampler
+from qnext.engine.llama.sampler import Logits, Sampler
 from qnext.engine.llama.submission import Submission
 from qnext.engine.llama.text import TextStream
+from qnext.engine.llama.thought import ThoughtLimit
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,7 @@ class Job:
     asked: Submission
     sampler: Sampler
     text: TextStream
+    thought: ThoughtLimit | None = None
     arrived_ns: int = field(default_factory=time.perf_counter_ns)
     held: Held | None = None
     cached: int = 0
@@ -32,6 +34,22 @@ class Job:
     began_ns: int = 0
     first_ns: int = 0
     last_ns: int = 0
+
+    def choose(self, row: Logits) -> int:
+        """The next token, of these logits. Raises DeadEnd."""
+        token = self.thought.forced() if self.thought else None
+        if token is None:
+            token = self.sampler.choose(row)
+        else:
+            self.sampler.accept(token)
+        if self.thought:
+            self.thought.note(token)
+        return token
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether the next token must not be one that ends the answer."""
+        return self.asked.ignore_eos or self.generated < self.asked.min_tokens
 
     @property
     def overdue(self) -> bool:

@@ -173,6 +173,15 @@ class Sampler:
             llama().llama_sampler_accept(self._chain, token)
         return token
 
+    def accept(self, token: int) -> None:
+        """`token` is said without having been chosen. A grammar in force that forbids it overlooks it."""
+        grammar = self._grammar
+        if grammar is not None and (self._awake or token in self._triggers) and grammar.allows(token):
+            self._awake = True
+            grammar.accept(token)
+        if not self._plain:
+            llama().llama_sampler_accept(self._chain, token)
+
     def _apply(self) -> int:
         llama().llama_sampler_apply(self._chain, self._candidates.reference)
         return self._candidates.selected

@@ -19,6 +19,7 @@ from qnext.engine.llama.sampler import Candidates, Grammar, GrammarError, Sample
 from qnext.engine.llama.signals import Signals
 from qnext.engine.llama.submission import Refused, Submission, checked_tokens, read_submission
 from qnext.engine.llama.text import TextStream
+from qnext.engine.llama.thought import ThoughtLimit
 from qnext.engine.llama.vocabulary import Vocabulary
 from qnext.engine.protocol import Message
 
@@ -123,7 +124,8 @@ class Serving:
         asked = read_submission(message, self._vocabulary, self._context.limit)
         if any(job.asked.id == asked.id for job in self._batcher.jobs()):
             raise Refused("invalid", f"request {asked.id} is under way already")
-        self._batcher.add(Job(asked, self._sampler(asked), TextStream(asked.stop)))
+        thought = ThoughtLimit(asked.thought) if asked.thought else None
+        self._batcher.add(Job(asked, self._sampler(asked), TextStream(asked.stop), thought))
 
     def _sampler(self, asked: Submission) -> Sampler:
         grammar = None

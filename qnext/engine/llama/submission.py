@@ -15,6 +15,7 @@ import numpy as np
 from qnext.engine.llama.batch import Tokens
 from qnext.engine.llama.binding import EngineFailure
 from qnext.engine.llama.sampling import Sampling, read_sampling
+from qnext.engine.llama.thought import ThoughtBudget
 from qnext.engine.llama.vocabulary import Vocabulary
 from qnext.engine.protocol import Message
 
@@ -33,7 +34,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One text to be continued. `boundaries` are positions in `tokens` where messages end, rising."""
+    """One text to be continued. `boundaries` are positions in `tokens` where messages end, rising.
+
+    It does not end by itself before `min_tokens`, or with `ignore_eos` at all, unless a grammar ends it.
+    """
 
     id: int
     tokens: Tokens
@@ -41,12 +45,14 @@ class Submission:
     sampling: Sampling
     stop: tuple[str, ...]
     ignore_eos: bool
+    min_tokens: int
     logprobs: int | None
     grammar: str | None
     grammar_triggers: tuple[int, ...]
     deadline_s: float | None
     boundaries: tuple[int, ...]
     cache: bool
+    thought: ThoughtBudget | None
 
 
 _FIELDS = frozenset({"op", *Submission.__dataclass_fields__, "text", "grammar_lazy"} - {"grammar_triggers"})
@@ -94,12 +100,14 @@ def read_submission(message: Message, vocabulary: Vocabulary, limit: int) -> Sub
         sampling=chosen,
         stop=_read_stops(message),
         ignore_eos=_truth(message, "ignore_eos", False),
+        min_tokens=_whole_number(message, "min_tokens", 0, 2**31 - 1) or 0,
         logprobs=_whole_number(message, "logprobs", 0, MAX_LOGPROBS),
         grammar=grammar,
         grammar_triggers=triggers,
         deadline_s=_read_deadline(message),
         boundaries=tuple(sorted(set(boundaries))),
         cache=_truth(message, "cache", True),
+        thought=_read_thought(message, vocabulary),
     )
 
 
@@ -150,6 +158,19 @@ def _read_stops(message: Message) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise Refused("invalid", f"stop has {len(stops)} texts, more than {MAX_STOPS}")
     return tuple(stop for stop in stops if stop)
+
+
+def _read_thought(message: Message, vocabulary: Vocabulary) -> ThoughtBudget | None:
+    thought = message.get("thought")
+    if thought is None:
+        return None
+    if not isinstance(thought, dict) or set(thought) != {"budget", "opening", "closing"}:
+        raise Refused("invalid", "thought has to have budget, opening and closing")
+    budget = _whole_number(thought, "budget", 0, 2**31 - 1)
+    closing = _whole_numbers(thought, "closing", vocabulary.size - 1)
+    if budget is None or not closing:
+        raise Refused("invalid", "thought needs a budget and tokens that close it")
+    return ThoughtBudget(budget, _whole_numbers(thought, "opening", vocabulary.size - 1), closing)
 
 
 def _read_deadline(message: Message) -> float | None:

@@ -55,6 +55,11 @@ class Vocabulary:
         """Whether the model says with this token that it is done."""
         return bool(llama().llama_vocab_is_eog(self.handle, token))
 
+    def enders(self) -> list[int]:
+        """All tokens that end a generation."""
+        is_ender = llama().llama_vocab_is_eog
+        return [token for token in range(self.size) if is_ender(self.handle, token)]
+
     def is_control(self, token: int) -> bool:
         """Whether a token is no text but a sign to the model."""
         return bool(llama().llama_vocab_is_control(self.handle, token))

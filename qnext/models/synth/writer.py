@@ -24,9 +24,18 @@ ALIGNMENT = 32
 
 Buffer = bytes | memoryview
 
+
+class U16(int):
+    """A whole number that is written in 16 bits."""
+
+
+class I32(int):
+    """A whole number that is written in 32 bits with a sign."""
+
+
 MetaValue = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
 
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_U16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,8 @@ class Layout:
 
 
 def lay_out(metadata: Mapping[str, MetaValue], tensors: Iterable[TensorSpec]) -> Layout:
-    """Encode metadata and tensor table in the order given; int becomes u32 (i32 in arrays), float f32."""
+    """Encode metadata and tensor table in the order given; int becomes u32 (i32 in arrays) unless it is a
+    U16 or I32, float f32."""
     specs = tuple(tensors)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(specs), len(metadata))]
     for key, value in metadata.items():
@@ -136,6 +146,10 @@ def _string(text: str) -> bytes:
 def _encode(value: MetaValue) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", _BOOL, value)
+    if isinstance(value, U16):
+        return struct.pack("<IH", _U16, value)
+    if isinstance(value, I32):
+        return struct.pack("<Ii", _I32, value)
     if isinstance(value, int):
         return struct.pack("<II", _U32, value)
     if isinstance(value, float):

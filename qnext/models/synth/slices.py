@@ -1,0 +1,195 @@
+"""Slices of a model: a few of its layers, each tensor in its real type, the weights random.
+
+What a layer costs does not depend on what its weights say, so a few layers tell what all of them will cost.
+Slices of several sizes share their data: the file is a split GGUF (llama.cpp's own format for large models)
+whose first shard has no tensors, the second the embedding, the head and the smallest slice's layers, each
+further one the layers that the next size has more. So eight layers and four take the disk space of eight.
+
+Layers come in whole periods of the architecture (three of DeltaNet and one of attention for Qwen3-Next), as
+llama.cpp tells their kind by their position. Those are taken whose sizes are nearest to the mean: quants give
+some layers more bits than others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qnext.errors import ModelError
+from qnext.models.header import ModelHeader, SkippedArray
+from qnext.models.shape import ModelShape, layer_of
+from qnext.models.synth.shapes import SHAPES
+from qnext.models.synth.weights import Quantizer, Weights
+from qnext.models.synth.writer import I32, U16, Buffer, Layout, MetaValue, TensorSpec, lay_out, write_file
+from qnext.units import format_bytes
+
+FAMILIES = frozenset(shape.arch for shape in SHAPES.values())
+_COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Which layers of the model the layers of the largest slice stand for, and the sizes, rising."""
+
+    layers: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def layer_period(shape: ModelShape) -> int:
+    """Layers after which the kinds of layers repeat. Raises ModelError where they never do."""
+    kinds = list(zip(shape.recurrent, shape.sliding, strict=True))[: shape.n_layer]
+    for period in range(1, shape.n_layer // 2 + 1):
+        whole = shape.n_layer - shape.n_layer % period
+        if all(kinds[layer] == kinds[layer % period] for layer in range(whole)):
+            return period
+    raise ModelError(
+        f"the layers of {shape.name or shape.arch} follow no pattern that a slice could have",
+        hint="qnext plan forecasts it from what is known of such machines.",
+    )
+
+
+def choose_slices(shape: ModelShape, sizes: Sequence[int]) -> Slices:
+    """Slices of `sizes` layers, each a whole number of periods. Raises ModelError for other families."""
+    if shape.arch not in FAMILIES:
+        raise ModelError(
+            f"no slice can be made of architecture '{shape.arch}'",
+            hint=f"There are slices of {', '.join(sorted(FAMILIES))}; qnext plan forecasts the others.",
+        )
+    period = layer_period(shape)
+    periods = [range(start, start + period) for start in range(0, shape.n_layer - period + 1, period)]
+    weights = [sum(shape.layer_bytes[layer].total_bytes for layer in one) for one in periods]
+    mean = sum(weights) / len(weights)
+    taken: list[int] = []
+    for more in (size - before for before, size in zip((0, *sizes), sizes, strict=False)):
+        wanted = more // period
+        # Greedily the period that brings the mean of this part nearest to the mean of all.
+        part: list[int] = []
+        while len(part) < wanted:
+            left = [index for index in range(len(periods)) if index not in taken + part] or list(
+                range(len(periods))
+            )
+            have = sum(weights[index] for index in part)
+            part.append(min(left, key=lambda index: abs((have + weights[index]) / (len(part) + 1) - mean)))
+        taken += part
+    return Slices(tuple(layer for index in taken for layer in periods[index]), tuple(sizes))
+
+
+def slice_layouts(header: ModelHeader, shape: ModelShape, slices: Slices) -> list[Layout]:
+    """The shards with data: embedding, head and the smallest slice, then what each size has more."""
+    by_layer: dict[int | None, list[TensorSpec]] = {}
+    for tensor in header.tensors:
+        spec = TensorSpec(tensor.name, tensor.shape, tensor.type_name)
+        by_layer.setdefault(layer_of(tensor.name), []).append(spec)
+    layouts = []
+    for number, (begin, end) in enumerate(zip((0, *slices.sizes), slices.sizes, strict=False)):
+        tensors = list(by_layer[None]) if begin == 0 else []
+        for position in range(begin, end):
+            source = slices.layers[position]
+            tensors += [
+                TensorSpec(
+                    spec.name.replace(f"blk.{source}.", f"blk.{position}."), spec.shape, spec.type_name
+                )
+                for spec in by_layer[source]
+            ]
+        layouts.append(lay_out({"split.no": U16(number + 1)}, tensors))
+    return layouts
+
+
+def write_slices(
+    header: ModelHeader,
+    shape: ModelShape,
+    slices: Slices,
+    folder: Path,
+    *,
+    quantizer: Quantizer | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Path]:
+    """Write the slices below `folder`, or find them there; the path to open for each number of layers.
+
+    `progress` gets bytes written and in all. A folder that an interrupted call left behind is begun anew.
+    Raises ModelError where the disk lacks room, EngineError without what quantises.
+    """
+    layouts = slice_layouts(header, shape, slices)
+    total = sum(layout.file_bytes for layout in layouts)
+    place = folder / slices_key(header, slices)
+    paths = {size: place / f"{size}-layers-{_of(1, index + 2)}" for index, size in enumerate(slices.sizes)}
+    if (place / _COMPLETE).exists():
+        os.utime(place)
+        return paths
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if total > free:
+        place.rmdir()
+        raise ModelError(
+            f"{folder} has {format_bytes(free)} free, the slices take {format_bytes(total)}",
+            hint="Free some space, or set QNEXT_HOME to a folder on a larger disk.",
+        )
+    done = 0
+
+    def counted(weights: Weights) -> Callable[[TensorSpec], Iterator[Buffer]]:
+        def pieces(spec: TensorSpec) -> Iterator[Buffer]:
+            nonlocal done
+            for piece in weights.pieces(spec):
+                yield piece
+                done += len(piece)
+                if progress is not None:
+                    progress(done, total)
+
+        return pieces
+
+    for number, layout in enumerate(layouts):
+        weights = Weights(layout.tensors, quantizer, seed=number)
+        write_file(place / f"data-{number + 1}.gguf", layout, counted(weights))
+    for index, size in enumerate(slices.sizes):
+        shards = layouts[: index + 1]
+        metadata = _metadata(header, slices.layers[:size])
+        counts: dict[str, MetaValue] = {
+            "split.no": U16(0),
+            "split.count": U16(len(shards) + 1),
+            "split.tensors.count": I32(sum(len(layout.tensors) for layout in shards)),
+        }
+        write_file(paths[size], lay_out(metadata | counts, []), None)
+        for number in range(len(shards)):
+            link = place / f"{size}-layers-{_of(number + 2, len(shards) + 1)}"
+            os.link(place / f"data-{number + 1}.gguf", link)
+    (place / _COMPLETE).touch()
+    return paths
+
+
+def slices_key(header: ModelHeader, slices: Slices) -> str:
+    """Names the slices of a header: the same tensors and layers give the same name."""
+    kinds = [(tensor.name, tensor.shape, tensor.type_name) for tensor in header.tensors]
+    text = repr((kinds, slices, sorted(_metadata(header, slices.layers).items())))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of(number: int, count: int) -> str:
+    return f"{number:05d}-of-{count:05d}.gguf"
+
+
+def _metadata(header: ModelHeader, layers: Sequence[int]) -> dict[str, MetaValue]:
+    """The model's own metadata for these layers, with a vocabulary that is only a number."""
+    arch = str(header.metadata["general.architecture"])
+    blocks = header.metadata.get(f"{arch}.block_count")
+    found: dict[str, MetaValue] = {"general.architecture": arch}
+    if isinstance(kind := header.metadata.get("general.file_type"), int):
+        found["general.file_type"] = kind
+    for key, value in header.metadata.items():
+        if not key.startswith(f"{arch}.") or isinstance(value, SkippedArray):
+            continue
+        if isinstance(value, tuple):
+            found[key] = tuple(value[layer] for layer in layers) if len(value) == blocks else value
+        elif isinstance(value, bool | int | float | str):
+            found[key] = value
+    found.pop(f"{arch}.nextn_predict_layers", None)
+    rows = next(tensor.shape[1] for tensor in header.tensors if tensor.name == "token_embd.weight")
+    return found | {
+        f"{arch}.block_count": len(layers),
+        f"{arch}.vocab_size": rows,
+        "tokenizer.ggml.model": "no_vocab",
+    }

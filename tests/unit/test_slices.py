@@ -1,0 +1,88 @@
+"""Slices: which layers stand for all, and files that share their data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qnext.errors import ModelError
+from qnext.models.gguf_reader import read_header
+from qnext.models.shape import layer_of, read_shape
+from qnext.models.synth.imagined import imagined_header
+from qnext.models.synth.slices import choose_slices, layer_period, write_slices
+
+
+@pytest.mark.parametrize(
+    ("name", "period"), [("qwen3-next-80b-a3b", 4), ("gpt-oss-20b", 2), ("qwen3-30b-a3b", 1)]
+)
+def test_a_slice_has_whole_periods_and_layers_of_the_usual_size(name: str, period: int) -> None:
+    header = imagined_header(name, "Q4_K_M")
+    shape = read_shape(header)
+    assert layer_period(shape) == period
+    slices = choose_slices(shape, (4, 8))
+    assert len(slices.layers) == 8
+    assert all(source % period == position % period for position, source in enumerate(slices.layers))
+    mean = sum(layer.total_bytes for layer in shape.layer_bytes[: shape.n_layer]) / shape.n_layer
+    for part in (slices.layers[:4], slices.layers[4:]):
+        assert sum(shape.layer_bytes[layer].total_bytes for layer in part) / 4 == pytest.approx(
+            mean, rel=0.02
+        )
+
+
+def test_slices_of_two_sizes_are_models_that_share_their_data(tmp_path: Path) -> None:
+    header = imagined_header("tiny-qwen3next", "Q8_0", 12)
+    shape = read_shape(header)
+    slices = choose_slices(shape, (4, 8))
+    told: list[tuple[int, int]] = []
+    paths = write_slices(
+        header,
+        shape,
+        slices,
+        tmp_path,
+        quantizer=None,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    types = {tensor.name: (tensor.shape, tensor.type_name) for tensor in header.tensors}
+    for layers, path in paths.items():
+        cut = read_header(path)
+        found = read_shape(cut)
+        assert (found.n_layer, found.n_vocab, found.recurrent) == (
+            layers,
+            shape.n_vocab,
+            shape.recurrent[:layers],
+        )
+        for tensor in cut.tensors:
+            layer = layer_of(tensor.name)
+            name = (
+                tensor.name
+                if layer is None
+                else tensor.name.replace(f"{layer}", f"{slices.layers[layer]}", 1)
+            )
+            assert (tensor.shape, tensor.type_name) == types[name]
+    data = sorted(paths[4].parent.glob("data-*.gguf"))
+    assert [file.stat().st_nlink for file in data] == [3, 2]
+    assert told and told[-1][0] <= told[-1][1]
+    written = data[0].stat().st_mtime_ns
+    assert write_slices(header, shape, slices, tmp_path, quantizer=None) == paths
+    assert data[0].stat().st_mtime_ns == written
+
+
+def test_what_an_interrupted_call_left_is_not_believed(tmp_path: Path) -> None:
+    header = imagined_header("tiny-qwen3next", "Q8_0", 12)
+    shape = read_shape(header)
+    slices = choose_slices(shape, (4, 8))
+    paths = write_slices(header, shape, slices, tmp_path, quantizer=None)
+    (paths[4].parent / "complete").unlink()
+    (paths[4].parent / "data-1.gguf").write_bytes(b"half")
+    write_slices(header, shape, slices, tmp_path, quantizer=None)
+    assert read_shape(read_header(paths[4])).n_layer == 4
+
+
+def test_other_families_are_refused_by_name() -> None:
+    from dataclasses import replace
+
+    shape = replace(read_shape(imagined_header("qwen3-4b", "Q8_0")), arch="llama")
+    with pytest.raises(ModelError, match="architecture 'llama'") as refused:
+        choose_slices(shape, (4, 8))
+    assert "qwen3next" in str(refused.value.hint)
