@@ -8,10 +8,15 @@ Ratios are qnext's figure over llama-server's.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
+import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 from claims import Figure, claim
@@ -27,6 +32,7 @@ from qnext.pipeline.endpoint_pair import PairTask, PairWatch, measure_pair
 
 LAYERS, SLOTS, CONTEXT = 4, 8, 2560
 ROUNDS = 8
+PLAIN_ROUNDS, PLAIN_TOKENS = 5, 48
 STALL_ROUNDS, STALL_PROMPT, STREAM_TOKENS = 5, 2000, 220
 
 
@@ -43,14 +49,62 @@ def measure_throughput() -> Figure:
 
 
 @claim(
+    "serve-throughput-plain",
+    "the same by a client of the standard library only: threads, urllib, tokens as the servers count them",
+    bar="0.97 or more at each",
+    minutes=8,
+)
+def measure_throughput_plainly() -> Figure:
+    chance, maker = random.Random(13), PromptMaker(13)
+    ratios: dict[int, list[float]] = {}
+    with _servers() as urls, ThreadPoolExecutor(SLOTS) as pool:
+        for clients in (1, 2, 4, 8):
+            for played in range(PLAIN_ROUNDS + 1):
+                prompts = [maker.text(maker.words(24)) for _ in range(clients)]
+                speeds = [0.0, 0.0]
+                for side in chance.sample((0, 1), 2):
+                    began = time.monotonic()
+                    tokens = sum(pool.map(partial(_tokens_of, urls[side]), prompts))
+                    speeds[side] = tokens / (time.monotonic() - began)
+                if played:  # the first one warms up
+                    ratios.setdefault(clients, []).append(speeds[1] / speeds[0])
+            say(f"{clients} clients: {ratios[clients]}")
+    middles = {clients: statistics.median(found) for clients, found in ratios.items()}
+    words = ", ".join(
+        f"{clients} clients {middles[clients]:.3f} ({min(found):.3f}-{max(found):.3f})"
+        for clients, found in ratios.items()
+    )
+    least = min(middles.values())
+    return Figure(least, "x", least >= 0.97, f"medians of {PLAIN_ROUNDS} pairs; {words}")
+
+
+def _tokens_of(url: str, prompt: str) -> int:
+    """Tokens of one streamed answer, by the count at its end."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": PLAIN_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        chunks = [json.loads(line[6:]) for line in answer if line.startswith(b"data: {")]
+    return int(chunks[-1]["usage"]["completion_tokens"])
+
+
+@claim(
     "serve-first-token",
     "time to first token at 1 and 8 clients, prompts of 250 and 2,000 tokens: qnext / llama-server",
     bar="1.05 or less at each",
-    minutes=30,
+    minutes=20,
 )
 def measure_first_token() -> Figure:
     found, words = [], []
-    for prompt, rounds in ((250, ROUNDS), (2000, 3)):
+    for prompt, rounds in ((250, ROUNDS), (2000, 2)):
         levels = _pair(prompt=prompt, generate=4, clients=(1, 8), rounds=rounds)
         found += [level.comparisons["ttft"].ratio for level in levels]
         words.append(f"{prompt} tokens: {_said(levels, 'ttft')}")

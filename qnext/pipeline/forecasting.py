@@ -19,7 +19,7 @@ from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.errors import DoesNotFitError, EngineError, ModelError
 from qnext.models.synth.slices import Slices, choose_slices, layer_period, write_slices
-from qnext.pipeline.planning import PlannedModel, plan_model, require_fit
+from qnext.pipeline.planning import PlannedModel, plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.running import RunningModel
 from qnext.pipeline.speed_memory import LEAST_CACHES, remember_slices
@@ -105,11 +105,13 @@ class Forecast:
 
 
 def run_forecast(request: Request, paths: Paths, notice: Notice, watch: ForecastWatch) -> Forecast:
-    """Forecast `request.model` from slices. Raises DoesNotFitError, ModelError or EngineError."""
+    """Forecast `request.model` from slices, whether or not all of it fits here.
+
+    Raises ModelError for what has no slices, DoesNotFitError where not even a slice fits, EngineError.
+    """
     began = time.monotonic()
     planned = plan_model(request, paths, notice)
     build = require_this_machine(planned.surroundings)
-    require_fit(planned.plan)
     shape = planned.model.shape
     period = layer_period(shape)
     sizes = tuple(dict.fromkeys(-(-size // period) * period for size in LAYERS))
@@ -247,6 +249,9 @@ def _measure(
 
 def _warnings(planned: PlannedModel, slice_bytes: int, noisy: bool) -> tuple[str, ...]:
     found = []
+    if missing := planned.plan.missing:
+        lacking = ", ".join(f"{format_bytes(size)} on {name}" for name, size in missing.items())
+        found.append(f"the whole model does not fit here, {lacking} missing: this is with more memory")
     caches = planned.surroundings.machine.cpu.llc_bytes or 0
     if slice_bytes < LEAST_CACHES * caches:
         found.append(
