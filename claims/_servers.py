@@ -39,9 +39,11 @@ def both_servers(model: Path, home: Path, *, slots: int, context: int) -> Iterat
 
 
 @contextlib.contextmanager
-def our_server(model: Path, home: Path, *, slots: int, context: int) -> Iterator[tuple[str, int]]:
+def our_server(
+    model: Path, home: Path, *, slots: int, context: int, flags: tuple[str, ...] = ()
+) -> Iterator[tuple[str, int]]:
     """(address, process id) of `qnext serve`, ready. Raises CannotMeasure when it does not start."""
-    wishes = _wishes(model, slots, context)
+    wishes = (*_wishes(model, slots, context), *flags)
     argv = [sys.executable, "-P", "-m", "qnext", "serve", *wishes, "--port", "0", "--json"]
     with _running(argv, {"QNEXT_HOME": str(home)}, home / "qnext.log") as started:
         assert started.stdout is not None

@@ -43,7 +43,7 @@ _MALFORMED: tuple[tuple[bytes, str], ...] = tuple(
         "an image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         "a temperature below zero": {"messages": [{"role": "user", "content": "x"}], "temperature": -1},
         "too many choices": {"messages": [{"role": "user", "content": "x"}], "n": 5000},
-        "a grammar that is none": {"messages": [{"role": "user", "content": "x"}], "grammar": "root ::="},
+        "a grammar that is none": {"messages": [{"role": "user", "content": "x"}], "grammar": "root ::= ("},
         "longer than the context": {"messages": [{"role": "user", "content": _LONG}]},
     }.items()
 )
@@ -77,7 +77,8 @@ def measure_soak() -> Figure:
 
     with tempfile.TemporaryDirectory(prefix="qnext-claims-") as folder:
         make_demo(Path(folder) / "demo.gguf")
-        with our_server(Path(folder) / "demo.gguf", Path(folder), slots=SLOTS, context=CONTEXT) as (url, pid):
+        home, flags = Path(folder), ("-t", "1", "-tb", "1")  # the clients need a core, too
+        with our_server(home / "demo.gguf", home, slots=SLOTS, context=CONTEXT, flags=flags) as (url, pid):
             soak = _Soak(url, DEMO_SENTENCE)
             began = time.monotonic()
             busy = asyncio.run(_run(soak, pid))
@@ -130,17 +131,18 @@ async def _work(soak: _Soak, client: httpx2.AsyncClient, chance: random.Random) 
 
 def _chat(chance: random.Random) -> dict[str, Any]:
     """A conversation of one to three turns, of any length that leaves room for the answer."""
-    turns = chance.choice((1, 1, 3))
+    turns = chance.choice((1, 1, 1, 1, 1, 3))
+    most = 300 if turns == 1 and chance.random() < 0.05 else 25
     messages = [
         {
             "role": "assistant" if turn % 2 else "user",
-            "content": " ".join(chance.choices(("why", "how", "what", "me"), k=chance.randint(1, 120))),
+            "content": " ".join(chance.choices(("why", "how", "what", "me"), k=chance.randint(1, most))),
         }
         for turn in range(turns)
     ]
-    asked = {"messages": messages, "temperature": 0}
-    if chance.random() < 0.5:
-        asked["max_tokens"] = chance.randint(1, 60)
+    asked: dict[str, Any] = {"messages": messages, "temperature": 0}
+    if chance.random() < 0.85:
+        asked["max_tokens"] = chance.randint(1, 20)
     return asked
 
 
