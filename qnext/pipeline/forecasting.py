@@ -26,7 +26,16 @@ from qnext.pipeline.speed_memory import LEAST_CACHES, remember_slices
 from qnext.pipeline.surroundings import Notice, require_this_machine
 from qnext.plan.choice import choose_placement
 from qnext.plan.placement import Problem
-from qnext.plan.slice_fit import FIXED, Features, SliceForecast, Test, features_of, forecast_whole, weights_of
+from qnext.plan.slice_fit import (
+    FIXED,
+    Features,
+    SliceForecast,
+    Test,
+    features_of,
+    forecast_whole,
+    part_ns,
+    weights_of,
+)
 from qnext.plan.values import HOST, Placement, SpeedRange, Workload
 from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
@@ -339,7 +348,7 @@ def _compose(
             forecasts[test] = forecast_whole(rounds, weights_of(parts[test], whole))
             if test == "decode":
                 costs = {
-                    name: amount * forecast_whole(rounds, weights_of(parts[test], {name: 1.0})).ns
+                    name: amount * part_ns(rounds, weights_of(parts[test], {name: 1.0}))
                     for name, amount in whole.items()
                 }
         except ValueError as error:

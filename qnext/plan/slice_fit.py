@@ -96,6 +96,11 @@ def weights_of(arms: Sequence[Features], whole: Features) -> list[float]:
     return [float(weight) for weight in found]
 
 
+def part_ns(rounds: Sequence[Sequence[float]], weights: Sequence[float]) -> float:
+    """What a part of a step takes by these rounds; noise can make a small part nothing, but not less."""
+    return max(0.0, median(sum(w * ns for w, ns in zip(weights, one, strict=True)) for one in rounds))
+
+
 def forecast_whole(rounds: Sequence[Sequence[float]], weights: Sequence[float]) -> SliceForecast:
     """The forecast from rounds of measurements, each with nanoseconds of every arm.
 

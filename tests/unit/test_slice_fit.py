@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qnext.plan.slice_fit import FIXED, WIDEST, forecast_whole, weights_of
+from qnext.plan.slice_fit import FIXED, WIDEST, forecast_whole, part_ns, weights_of
 
 SMALL, LARGE = {FIXED: 1.0, "cpu": 4.0}, {FIXED: 1.0, "cpu": 8.0}
 
@@ -48,3 +48,9 @@ def test_slices_whose_larger_one_is_faster_tell_nothing() -> None:
     weights = weights_of([SMALL, LARGE], {FIXED: 1.0, "cpu": 48.0})
     with pytest.raises(ValueError, match="not slower"):
         forecast_whole([[8e6, 4e6]], weights)
+
+
+def test_a_part_that_noise_makes_negative_takes_nothing() -> None:
+    fixed = weights_of([SMALL, LARGE], {FIXED: 1.0})
+    assert part_ns([[5e6, 9e6]] * 3, fixed) == pytest.approx(1e6)
+    assert part_ns([[4e6, 9e6]] * 3, fixed) == 0
