@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,17 @@ def test_what_an_interrupted_call_left_is_not_believed(tmp_path: Path) -> None:
     (paths[4].parent / "data-1.gguf").write_bytes(b"half")
     write_slices(header, shape, slices, tmp_path, quantizer=None)
     assert read_shape(read_header(paths[4])).n_layer == 4
+
+
+def test_slices_of_models_that_were_not_used_lately_give_way(tmp_path: Path) -> None:
+    for age, name in enumerate(("newest", "older", "oldest")):
+        (tmp_path / name).mkdir()
+        when = time.time() - 7200 - 60 * age
+        os.utime(tmp_path / name, (when, when))
+    header = imagined_header("tiny-qwen3next", "Q8_0", 12)
+    shape = read_shape(header)
+    paths = write_slices(header, shape, choose_slices(shape, (4, 8)), tmp_path, quantizer=None)
+    assert {place.name for place in tmp_path.iterdir()} == {"newest", paths[4].parent.name}
 
 
 def test_other_families_are_refused_by_name() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from qnext.models.synth.writer import I32, U16, Buffer, Layout, MetaValue, Tenso
 from qnext.units import format_bytes
 
 FAMILIES = frozenset(shape.arch for shape in SHAPES.values())
+KEPT, IN_USE_S = 2, 3600.0
+"""Models whose slices are kept; those used within so many seconds in any case."""
 _COMPLETE = "complete"
 
 
@@ -110,7 +113,8 @@ def write_slices(
 ) -> dict[int, Path]:
     """Write the slices below `folder`, or find them there; the path to open for each number of layers.
 
-    `progress` gets bytes written and in all. A folder that an interrupted call left behind is begun anew.
+    `progress` gets bytes written and in all. A folder that an interrupted call left behind is begun anew, and
+    the slices of other models that were not used lately are deleted.
     Raises ModelError where the disk lacks room, EngineError without what quantises.
     """
     layouts = slice_layouts(header, shape, slices)
@@ -121,6 +125,7 @@ def write_slices(
         os.utime(place)
         return paths
     shutil.rmtree(place, ignore_errors=True)
+    _forget_old(folder)
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free
     if total > free:
@@ -159,6 +164,14 @@ def write_slices(
             os.link(place / f"data-{number + 1}.gguf", link)
     (place / _COMPLETE).touch()
     return paths
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete the slices that were used longest ago, so that KEPT are left; none of the last hour's."""
+    places = sorted(folder.glob("*"), key=lambda place: place.stat().st_mtime, reverse=True)
+    for place in places[KEPT - 1 :]:
+        if time.time() - place.stat().st_mtime > IN_USE_S:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def slices_key(header: ModelHeader, slices: Slices) -> str:
