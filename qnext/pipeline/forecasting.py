@@ -33,6 +33,7 @@ from qnext.plan.slice_fit import (
     Test,
     features_of,
     forecast_whole,
+    kind_of_layer,
     part_ns,
     weights_of,
 )
@@ -45,6 +46,8 @@ LAYERS = 4, 8
 LEAST_ROUNDS, USUAL_ROUNDS, MOST_ROUNDS = 5, 9, 60
 LEAST_SECONDS, SECONDS = 10.0, 100.0
 """Rounds go on until they are USUAL_ROUNDS and have taken LEAST_SECONDS, or until SECONDS are over."""
+VISITS_ALONE, REPEATS_ALONE = 2, 4
+"""Where only one slice can be loaded at a time: loads of each, there and back, and rounds in each of them."""
 PROMPT, GENERATE = 256, 24
 DEPTH = 1024
 """Tokens that the depth is measured with."""
@@ -63,11 +66,10 @@ class ForecastWatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arm:
-    """A slice as it is loaded. `experts` names how its experts are placed: `host` or `devices`."""
+    """A slice as it is loaded."""
 
     layers: int
     request: Request
-    experts: str
 
 
 @dataclass(slots=True)
@@ -164,7 +166,7 @@ def clean_slices(paths: Paths) -> int:
 
 
 def _arms(request: Request, planned: PlannedModel, paths: Mapping[int, Path]) -> list[Arm]:
-    """What to load: each slice with all experts where the plan has some of them."""
+    """What to load: each slice with all its layers placed as some of the plan's are."""
     placement = planned.plan.placement
     pinned = replace(
         request,
@@ -179,19 +181,26 @@ def _arms(request: Request, planned: PlannedModel, paths: Mapping[int, Path]) ->
         threads=placement.threads,
         threads_batch=placement.threads_batch,
         repack=planned.surroundings.repack,
-        n_gpu_layers=placement.n_gpu_layers if placement.devices else 0,
+        n_gpu_layers=0,
         cpu_experts=None,
         workload=Workload(PROMPT, GENERATE, 0),
     )
-    arms = []
-    for layers, path in paths.items():
-        sliced = replace(pinned, model=str(path))
-        if not placement.devices or placement.cpu_expert_layers:
-            cpu = layers if placement.devices else None
-            arms.append(Arm(layers, replace(sliced, cpu_experts=cpu), "host"))
-        if placement.devices and len(placement.cpu_expert_layers) < planned.model.shape.n_layer:
-            arms.append(Arm(layers, sliced, "devices"))
-    return arms
+    kinds = [kind for kind in _features(planned, "decode") if kind != FIXED]
+    return [
+        Arm(layers, _placed_as(kind, layers, replace(pinned, model=str(path)), placement))
+        for kind in kinds
+        for layers, path in paths.items()
+    ]
+
+
+def _placed_as(kind: str, layers: int, request: Request, placement: Placement) -> Request:
+    """The request that places all layers of a slice as those of `kind`, the head where the plan has it."""
+    if not placement.devices:
+        return request
+    if kind == kind_of_layer(HOST, HOST):
+        return replace(request, n_gpu_layers=min(1, placement.n_gpu_layers), cpu_experts=layers)
+    on_host = kind.endswith(f" on {HOST}")
+    return replace(request, n_gpu_layers=None, cpu_experts=layers if on_host else None)
 
 
 class _Loaded:
@@ -230,6 +239,7 @@ def _measure(
     arms: Sequence[Arm], paths: Paths, notice: Notice, watch: ForecastWatch
 ) -> tuple[Measured, dict[Test, list[Features]]]:
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
+    loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
     parts: dict[Test, list[Features]] = {"decode": [], "prefill": []}
     with contextlib.closing(loaded):
         for arm in arms:
@@ -238,17 +248,22 @@ def _measure(
                 parts[test].append(_features(planned, test))
             _time(loaded.get(arm), PROMPT, 0, seed=0, warmup=False)  # touches every page
         began, number = time.monotonic(), 0
-        while not _enough(number, time.monotonic() - began):
-            number += 1
+        repeats = REPEATS_ALONE if loaded.alone else 1
+        while not (
+            number >= VISITS_ALONE * repeats if loaded.alone else _enough(number, time.monotonic() - began)
+        ):
             if watch.on_round is not None:
-                watch.on_round(number, max(number, USUAL_ROUNDS))
-            taken: dict[Test, dict[Arm, float]] = {"decode": {}, "prefill": {}}
-            for arm in arms if number % 2 else arms[::-1]:
+                watch.on_round(number + 1, max(number + 1, USUAL_ROUNDS))
+            taken: dict[Test, list[dict[Arm, float]]] = {test: [{} for _ in range(repeats)] for test in parts}
+            for arm in arms if number // repeats % 2 else arms[::-1]:
                 model = loaded.get(arm)
-                taken["prefill"][arm] = _time(model, PROMPT, 0, seed=number, warmup=False) / PROMPT
-                taken["decode"][arm] = _time(model, 0, GENERATE, seed=number) / GENERATE
-            for test, by_arm in taken.items():
-                measured.rounds[test].append([by_arm[arm] for arm in arms])
+                for again in range(repeats):
+                    seed = number + again + 1
+                    taken["prefill"][again][arm] = _time(model, PROMPT, 0, seed=seed, warmup=False) / PROMPT
+                    taken["decode"][again][arm] = _time(model, 0, GENERATE, seed=seed) / GENERATE
+            number += repeats
+            for test, rounds in taken.items():
+                measured.rounds[test] += [[by_arm[arm] for arm in arms] for by_arm in rounds]
         smallest = loaded.get(min(arms, key=lambda arm: arm.layers))
         for _ in range(2):
             measured.shallow.append(_time(smallest, 0, GENERATE, seed=1) / GENERATE)

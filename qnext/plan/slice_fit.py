@@ -74,9 +74,14 @@ def features_of(
     found = {FIXED: 1.0}
     for layer, amount in amounts.items():
         home = homes.get(layer, HOST)
-        kind = f"layers on {home}, experts on {experts.get(layer, home)}"
+        kind = kind_of_layer(home, experts.get(layer, home))
         found[kind] = found.get(kind, 0.0) + amount
     return found
+
+
+def kind_of_layer(home: str, experts: str) -> str:
+    """How a layer on `home` with its experts on `experts` is called among the features."""
+    return f"layers on {home}, experts on {experts}"
 
 
 def weights_of(arms: Sequence[Features], whole: Features) -> list[float]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qnext.plan.values import SpeedRange
 
 
-_BAR = 16
+_BAR = 12
 """Characters of the longest bar."""
 
 
@@ -46,7 +46,7 @@ def forecast_view(forecast: Forecast) -> Group:
         f"a token takes {total / 1e6:.1f} ms: {shares}",
     ]
     parts: list[RenderableType] = [Text(words[0], style="bold"), speeds, *map(Text, words[1:])]
-    if forecast.neighbours:
+    if len(forecast.neighbours) > 1:
         parts += [Text(), _curve(forecast)]
     parts += [Text(f"warning: {text}", style="yellow") for text in forecast.warnings]
     return Group(*parts)
@@ -55,7 +55,7 @@ def forecast_view(forecast: Forecast) -> Group:
 def _curve(forecast: Forecast) -> Table:
     """Decode and prefill over the number of expert layers in RAM, as bars."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("expert layers in RAM", "decode t/s", "", "prefill t/s", ""):
+    for name in ("experts in RAM", "decode t/s", "", "prefill t/s", ""):
         table.add_column(name, justify="right" if name else "left")
     most = [max(getattr(one, test).mid for one in forecast.neighbours) for test in ("decode", "prefill")]
     chosen = len(forecast.planned.plan.placement.cpu_expert_layers)
