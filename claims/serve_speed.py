@@ -32,7 +32,7 @@ from qnext.pipeline.endpoint_pair import PairTask, PairWatch, measure_pair
 
 LAYERS, SLOTS, CONTEXT = 4, 8, 2560
 ROUNDS = 8
-PLAIN_ROUNDS, PLAIN_TOKENS = 5, 48
+PLAIN_ROUNDS, PLAIN_TOKENS = 3, 48
 STALL_ROUNDS, STALL_PROMPT, STREAM_TOKENS = 5, 2000, 220
 
 
