@@ -19,7 +19,7 @@ from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.errors import DoesNotFitError, EngineError, ModelError
 from qnext.models.synth.slices import Slices, choose_slices, layer_period, write_slices
-from qnext.pipeline.planning import PlannedModel, plan_model
+from qnext.pipeline.planning import PlannedModel, lacking_words, plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.running import RunningModel
 from qnext.pipeline.speed_memory import LEAST_CACHES, remember_slices
@@ -37,8 +37,8 @@ from qnext.plan.slice_fit import (
     part_ns,
     weights_of,
 )
+from qnext.plan.turn import place_tensors
 from qnext.plan.values import HOST, Placement, SpeedRange, Workload
-from qnext.plan.weights import assign_buffers
 from qnext.units import format_bytes
 
 LAYERS = 4, 8
@@ -273,8 +273,7 @@ def _measure(
 
 def _warnings(planned: PlannedModel, slice_bytes: int, noisy: bool) -> tuple[str, ...]:
     found = []
-    if missing := planned.plan.missing:
-        lacking = ", ".join(f"{format_bytes(size)} on {name}" for name, size in missing.items())
+    if lacking := lacking_words(planned.plan):
         found.append(f"the whole model does not fit here, {lacking} missing: this is with more memory")
     caches = planned.surroundings.machine.cpu.llc_bytes or 0
     if slice_bytes < LEAST_CACHES * caches:
@@ -312,9 +311,7 @@ def _features(planned: PlannedModel, test: Test) -> dict[str, float]:
 
 
 def _features_of(problem: Problem, placement: Placement, test: Test) -> dict[str, float]:
-    used = problem.used(placement)
-    placed = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
-    return features_of(problem.shape, placed, {device.buffer_type: device.name for device in used}, test)
+    return features_of(problem.shape, *place_tensors(problem, placement), test)
 
 
 def _neighbours(

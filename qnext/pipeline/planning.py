@@ -247,13 +247,17 @@ def compute_per_device(sizes: list[BufferSize], devices: list[DeviceTraits]) -> 
     return totals
 
 
+def lacking_words(plan: Plan) -> str:
+    """The bytes that are missing, device by device; empty where the plan fits."""
+    return ", ".join(f"{format_bytes(size)} on {name}" for name, size in plan.missing.items())
+
+
 def require_fit(plan: Plan) -> None:
     """Raise DoesNotFitError (exit 4) with the missing bytes per device and what would fit."""
     if plan.fits:
         return
-    lacking = ", ".join(f"{format_bytes(size)} on {name}" for name, size in plan.missing.items())
     raise DoesNotFitError(
-        f"{plan.model_ref} does not fit: {lacking} missing",
+        f"{plan.model_ref} does not fit: {lacking_words(plan)} missing",
         hint=f"This would fit: {'; or '.join(plan.alternatives)}.",
     )
 

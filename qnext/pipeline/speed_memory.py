@@ -29,8 +29,8 @@ from qnext.hardware import Machine, machine_fingerprint
 from qnext.plan.kernels import DECODE_SPREAD, FITTED, PREFILL_SPREAD
 from qnext.plan.speed import Load, MachineSpeeds, active_work, decode_terms, prefill_terms, several_gpus
 from qnext.plan.speed_history import NOTHING_LEARNT, SpeedHistory, SpeedTest, learn, model_key, parts_ns
-from qnext.plan.values import HOST, Workload
-from qnext.plan.weights import assign_buffers
+from qnext.plan.turn import place_tensors
+from qnext.plan.values import Workload
 from qnext.store.identity import digest_of, utc_now
 from qnext.units import GIB
 
@@ -79,9 +79,7 @@ def remember_slices(
     problem, placement = planned.problem, planned.plan.placement
     if any(device.kind == "rpc" for device in planned.plan.devices):
         return
-    used = problem.used(placement)
-    placed = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
-    load = active_work(problem.shape, placed, {device.buffer_type: device.name for device in used})
+    load = active_work(problem.shape, *place_tensors(problem, placement))
     common = _common(planned, load, digest_of(asdict(placement)), utc_now())
     found = []
     for workload, tps in speeds.items():
@@ -156,12 +154,11 @@ def _teaching(record: Record, planned: PlannedModel) -> list[dict[str, Any]]:
         return []
     if placement.parallel != 1 or placement.load_mtp or any(device.kind == "rpc" for device in devices):
         return []
-    used = problem.used(placement)
-    placed = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
+    placed, owners = place_tensors(problem, placement)
     least = max(LEAST_BYTES, LEAST_CACHES * (planned.surroundings.machine.cpu.llc_bytes or 0))
     if sum(item.tensor.nbytes for item in placed) < least:
         return []
-    load = active_work(problem.shape, placed, {device.buffer_type: device.name for device in used})
+    load = active_work(problem.shape, placed, owners)
     common = _common(planned, load, record.identity.placement, record.when)
     found = []
     for test in filter(_is_sound, record.tests):

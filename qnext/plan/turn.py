@@ -8,7 +8,7 @@ from dataclasses import replace
 from qnext.plan.placement import Placed, Problem
 from qnext.plan.speed import MachineSpeeds, predict_speed
 from qnext.plan.values import HOST, DeviceMemory, Placement, Prediction, Reason, Workload
-from qnext.plan.weights import assign_buffers
+from qnext.plan.weights import PlacedTensor, assign_buffers
 
 
 def forecast(
@@ -19,10 +19,15 @@ def forecast(
     workload: Workload,
 ) -> tuple[Prediction, Reason]:
     """Speeds of a placement for any workload, with the numbers they rest on. `devices` is its memory."""
-    used = problem.used(placement)
-    tensors = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
-    owners = {device.buffer_type: device.name for device in used}
+    tensors, owners = place_tensors(problem, placement)
     return predict_speed(problem.shape, placement, tensors, devices, owners, speeds, workload)
+
+
+def place_tensors(problem: Problem, placement: Placement) -> tuple[tuple[PlacedTensor, ...], dict[str, str]]:
+    """Every tensor in its buffer type, and the device that each buffer type belongs to."""
+    used = problem.used(placement)
+    placed = assign_buffers(problem.header, problem.shape, placement, problem.traits[HOST], used)
+    return placed, {device.buffer_type: device.name for device in used}
 
 
 def turn_seconds(prediction: Prediction, workload: Workload) -> float:
