@@ -34,7 +34,8 @@ def forecast(
     Example: qnext forecast unsloth/Qwen3-Next-80B-A3B-Instruct-GGUF:Q4_K_M
     """
     from qnext.config import find_paths
-    from qnext.pipeline.forecasting import ForecastWatch, clean_slices, run_forecast
+    from qnext.pipeline.forecasting import clean_slices, run_forecast
+    from qnext.pipeline.slice_measuring import ForecastWatch
     from qnext.units import format_bytes
 
     paths = find_paths()

@@ -10,75 +10,48 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
-from qnext.errors import DoesNotFitError, EngineError, ModelError
+from qnext.errors import EngineError, ModelError
 from qnext.models.synth.slices import Slices, choose_slices, layer_period, write_slices
 from qnext.pipeline.planning import PlannedModel, lacking_words, plan_model
 from qnext.pipeline.request import Request
-from qnext.pipeline.running import RunningModel
+from qnext.pipeline.slice_measuring import (
+    DEPTH,
+    GENERATE,
+    PROMPT,
+    Arm,
+    ForecastWatch,
+    Measured,
+    features_placed,
+    features_planned,
+    measure_slices,
+)
 from qnext.pipeline.speed_memory import LEAST_CACHES, remember_slices
 from qnext.pipeline.surroundings import Notice, require_this_machine
 from qnext.plan.choice import choose_placement
-from qnext.plan.placement import Problem
 from qnext.plan.slice_fit import (
     FIXED,
     Features,
     SliceForecast,
     Test,
-    features_of,
     forecast_whole,
     kind_of_layer,
     part_ns,
     weights_of,
 )
-from qnext.plan.turn import place_tensors
 from qnext.plan.values import HOST, Placement, SpeedRange, Workload
 from qnext.units import format_bytes
 
 LAYERS = 4, 8
 """Layers of the slices, each rounded up to whole periods."""
-LEAST_ROUNDS, USUAL_ROUNDS, MOST_ROUNDS = 5, 9, 60
-LEAST_SECONDS, SECONDS = 10.0, 100.0
-"""Rounds go on until they are USUAL_ROUNDS and have taken LEAST_SECONDS, or until SECONDS are over."""
-VISITS_ALONE, REPEATS_ALONE = 2, 4
-"""Where only one slice can be loaded at a time: loads of each, there and back, and rounds in each of them."""
-PROMPT, GENERATE = 256, 24
-DEPTH = 1024
-"""Tokens that the depth is measured with."""
 NEIGHBOURS = 9
 """How many numbers of expert layers in RAM are told."""
-
-
-@dataclass(frozen=True, slots=True)
-class ForecastWatch:
-    """What a caller may follow: the share written, the share loaded, (round, rounds) as each begins."""
-
-    on_write: Callable[[float], None] | None = None
-    on_load: Callable[[float], None] | None = None
-    on_round: Callable[[int, int], None] | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arm:
-    """A slice as it is loaded."""
-
-    layers: int
-    request: Request
-
-
-@dataclass(slots=True)
-class Measured:
-    """Nanoseconds per token of each arm, a list per round; of the smallest at depth 0 and at DEPTH."""
-
-    rounds: dict[Test, list[list[float]]] = field(default_factory=dict)
-    shallow: list[float] = field(default_factory=list)
-    deep: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +116,7 @@ def run_forecast(request: Request, paths: Paths, notice: Notice, watch: Forecast
         progress=None if watch.on_write is None else lambda done, total: watch.on_write(done / total),  # type: ignore[misc]
     )
     arms = _arms(request, planned, found)
-    measured, parts = _measure(arms, paths, notice, watch)
+    measured, parts = measure_slices(arms, paths, notice, watch)
     forecast = _compose(planned, slices, measured, parts, time.monotonic() - began, found)
     if forecast.warnings:
         return forecast
@@ -185,7 +158,7 @@ def _arms(request: Request, planned: PlannedModel, paths: Mapping[int, Path]) ->
         cpu_experts=None,
         workload=Workload(PROMPT, GENERATE, 0),
     )
-    kinds = [kind for kind in _features(planned, "decode") if kind != FIXED]
+    kinds = [kind for kind in features_planned(planned, "decode") if kind != FIXED]
     return [
         Arm(layers, _placed_as(kind, layers, replace(pinned, model=str(path)), placement))
         for kind in kinds
@@ -203,74 +176,6 @@ def _placed_as(kind: str, layers: int, request: Request, placement: Placement) -
     return replace(request, n_gpu_layers=None, cpu_experts=layers if on_host else None)
 
 
-class _Loaded:
-    """The arms in memory: all of them where they fit, else the one that is asked for."""
-
-    def __init__(self, paths: Paths, notice: Notice, on_load: Callable[[float], None] | None) -> None:
-        self._paths, self._notice, self._on_load = paths, notice, on_load
-        self._models: dict[Arm, RunningModel] = {}
-        self.alone = False
-
-    def get(self, arm: Arm) -> RunningModel:
-        """The arm's model, loaded now if it is not."""
-        if arm not in self._models:
-            if self.alone:
-                self.close()
-            try:
-                self._models[arm] = self._open(arm)
-            except DoesNotFitError:
-                if not self._models:
-                    raise
-                self.alone = True
-                self.close()
-                self._models[arm] = self._open(arm)
-        return self._models[arm]
-
-    def _open(self, arm: Arm) -> RunningModel:
-        return RunningModel(arm.request, self._paths, self._notice, self._on_load, planner=plan_model)
-
-    def close(self) -> None:
-        for model in self._models.values():
-            model.close()
-        self._models.clear()
-
-
-def _measure(
-    arms: Sequence[Arm], paths: Paths, notice: Notice, watch: ForecastWatch
-) -> tuple[Measured, dict[Test, list[Features]]]:
-    loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
-    loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
-    parts: dict[Test, list[Features]] = {"decode": [], "prefill": []}
-    with contextlib.closing(loaded):
-        for arm in arms:
-            planned = loaded.get(arm).planned
-            for test in parts:
-                parts[test].append(_features(planned, test))
-            _time(loaded.get(arm), PROMPT, 0, seed=0, warmup=False)  # touches every page
-        began, number = time.monotonic(), 0
-        repeats = REPEATS_ALONE if loaded.alone else 1
-        while not (
-            number >= VISITS_ALONE * repeats if loaded.alone else _enough(number, time.monotonic() - began)
-        ):
-            if watch.on_round is not None:
-                watch.on_round(number + 1, max(number + 1, USUAL_ROUNDS))
-            taken: dict[Test, list[dict[Arm, float]]] = {test: [{} for _ in range(repeats)] for test in parts}
-            for arm in arms if number // repeats % 2 else arms[::-1]:
-                model = loaded.get(arm)
-                for again in range(repeats):
-                    seed = number + again + 1
-                    taken["prefill"][again][arm] = _time(model, PROMPT, 0, seed=seed, warmup=False) / PROMPT
-                    taken["decode"][again][arm] = _time(model, 0, GENERATE, seed=seed) / GENERATE
-            number += repeats
-            for test, rounds in taken.items():
-                measured.rounds[test] += [[by_arm[arm] for arm in arms] for by_arm in rounds]
-        smallest = loaded.get(min(arms, key=lambda arm: arm.layers))
-        for _ in range(2):
-            measured.shallow.append(_time(smallest, 0, GENERATE, seed=1) / GENERATE)
-            measured.deep.append(_time(smallest, 0, GENERATE, seed=1, depth=DEPTH) / GENERATE)
-    return measured, parts
-
-
 def _warnings(planned: PlannedModel, slice_bytes: int, noisy: bool) -> tuple[str, ...]:
     found = []
     if lacking := lacking_words(planned.plan):
@@ -284,34 +189,6 @@ def _warnings(planned: PlannedModel, slice_bytes: int, noisy: bool) -> tuple[str
     if noisy:
         found.append("the machine was uneven meanwhile: the range may be too narrow, try in a quiet moment")
     return tuple(found)
-
-
-def _enough(rounds: int, seconds: float) -> bool:
-    if rounds < LEAST_ROUNDS or rounds >= MOST_ROUNDS:
-        return rounds >= MOST_ROUNDS
-    done = rounds >= USUAL_ROUNDS and seconds >= LEAST_SECONDS
-    return done or seconds + seconds / rounds > SECONDS
-
-
-def _time(
-    model: RunningModel, prompt: int, generate: int, *, seed: int, warmup: bool = True, depth: int = 0
-) -> float:
-    """Nanoseconds of one test as llama-bench times it."""
-    events = model.session.bench(
-        prompt=prompt, generate=generate, depth=depth, repetitions=1, warmup=warmup, seed=seed
-    )
-    samples = [float(str(event["ns"])) for event in events if event["event"] == "sample"]
-    if not samples:
-        raise EngineError("the engine timed nothing", hint="Try again with -v to see what it says.")
-    return samples[0]
-
-
-def _features(planned: PlannedModel, test: Test) -> dict[str, float]:
-    return _features_of(planned.problem, planned.plan.placement, test)
-
-
-def _features_of(problem: Problem, placement: Placement, test: Test) -> dict[str, float]:
-    return features_of(problem.shape, *place_tensors(problem, placement), test)
 
 
 def _neighbours(
@@ -336,7 +213,7 @@ def _neighbours(
         speeds: dict[Test, SpeedRange] = {}
         with contextlib.suppress(ValueError):  # a kind of layer that no slice has
             for test, rounds in measured.rounds.items():
-                weights = weights_of(parts[test], _features_of(problem, placement, test))
+                weights = weights_of(parts[test], features_placed(problem, placement, test))
                 speeds[test] = forecast_whole(rounds, weights).speed()
             found.append(Neighbour(count, fits, speeds["decode"], speeds["prefill"]))
     return tuple(found)
@@ -355,7 +232,7 @@ def _compose(
     forecasts: dict[Test, SliceForecast] = {}
     costs: dict[str, float] = {}
     for test, rounds in measured.rounds.items():
-        whole = _features(planned, test)
+        whole = features_planned(planned, test)
         try:
             forecasts[test] = forecast_whole(rounds, weights_of(parts[test], whole))
             if test == "decode":
