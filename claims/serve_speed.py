@@ -32,7 +32,7 @@ from qnext.pipeline.endpoint_pair import PairTask, PairWatch, measure_pair
 
 LAYERS, SLOTS, CONTEXT = 4, 8, 2560
 ROUNDS = 8
-PLAIN_ROUNDS, PLAIN_TOKENS = 3, 48
+PLAIN_ROUNDS, PLAIN_TOKENS = 8, 48
 STALL_ROUNDS, STALL_PROMPT, STREAM_TOKENS = 5, 2000, 220
 
 
@@ -52,7 +52,7 @@ def measure_throughput() -> Figure:
     "serve-throughput-plain",
     "the same by a client of the standard library only: threads, urllib, tokens as the servers count them",
     bar="0.97 or more at each",
-    minutes=8,
+    minutes=15,
 )
 def measure_throughput_plainly() -> Figure:
     chance, maker = random.Random(13), PromptMaker(13)
