@@ -12,13 +12,15 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import sub
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.errors import EngineError, ModelError
-from qnext.models.synth.slices import Slices, choose_slices, layer_period, write_slices
+from qnext.models.synth.slices import Slices, WrittenSlices, choose_slices, layer_period, write_slices
 from qnext.pipeline.planning import PlannedModel, lacking_words, plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.slice_measuring import (
@@ -45,6 +47,8 @@ from qnext.plan.slice_fit import (
     part_ns,
     weights_of,
 )
+from qnext.plan.speed import active_work
+from qnext.plan.turn import place_tensors
 from qnext.plan.values import HOST, Placement, SpeedRange, Workload
 from qnext.units import format_bytes
 
@@ -70,7 +74,9 @@ class Forecast:
 
     `decode` is by tokens of context that came before, `prefill` that of a prompt of `prompt` tokens;
     `neighbours` are other numbers of expert layers in RAM, the planned one among them, where there is a
-    device. `fixed_ns` and `layers_ns` are a token's time in parts. `samples` are all that was measured.
+    device. `fixed_ns` and `layers_ns` are a token's time in parts, `experts_ns` what routed experts have of
+    the latter, None where that was not measured. `ram_share` is what a token reads in its time over the RAM's
+    measured bandwidth, None where devices have a part. `samples` are all that was measured.
     """
 
     planned: PlannedModel
@@ -80,6 +86,8 @@ class Forecast:
     prefill: SpeedRange
     fixed_ns: float
     layers_ns: Mapping[str, float]
+    experts_ns: float | None
+    ram_share: float | None
     neighbours: tuple[Neighbour, ...]
     warnings: tuple[str, ...]
     rounds: int
@@ -115,8 +123,11 @@ def run_forecast(request: Request, paths: Paths, notice: Notice, watch: Forecast
         quantizer=quantise_rows,
         progress=None if watch.on_write is None else lambda done, total: watch.on_write(done / total),  # type: ignore[misc]
     )
-    arms = _arms(request, planned, found)
-    measured, parts = measure_slices(arms, paths, notice, watch)
+    arms = _arms(request, planned, found.paths)
+    few = None
+    if found.few_path is not None and not planned.plan.placement.devices:
+        few = replace(arms[0], request=replace(arms[0].request, model=str(found.few_path)))
+    measured, parts = measure_slices(arms, few, paths, notice, watch)
     forecast = _compose(planned, slices, measured, parts, time.monotonic() - began, found)
     if forecast.warnings:
         return forecast
@@ -191,6 +202,22 @@ def _warnings(planned: PlannedModel, slice_bytes: int, noisy: bool) -> tuple[str
     return tuple(found)
 
 
+def _hint(parts: Sequence[Features], whole: Features) -> str:
+    lacking = sorted(whole.keys() - {name for one in parts for name in one})
+    if lacking:
+        return f"No slice has {', '.join(lacking)}: measure another placement, such as --cpu-moe."
+    return "The machine may be too busy to measure on: try again in a quiet moment."
+
+
+def _ram_share(planned: PlannedModel, token_ns: float) -> float | None:
+    """Bytes that a token reads in its time, over what the RAM was measured to give."""
+    bandwidth = planned.surroundings.speeds.ram_bps
+    if planned.plan.placement.devices or not bandwidth:
+        return None
+    load = active_work(planned.model.shape, *place_tensors(planned.problem, planned.plan.placement))
+    return sum(work.bytes for work in load.work.values()) / (token_ns / 1e9) / bandwidth
+
+
 def _neighbours(
     planned: PlannedModel, measured: Measured, parts: Mapping[Test, Sequence[Features]]
 ) -> tuple[Neighbour, ...]:
@@ -225,9 +252,10 @@ def _compose(
     measured: Measured,
     parts: Mapping[Test, Sequence[Features]],
     elapsed_s: float,
-    paths: Mapping[int, Path],
+    written: WrittenSlices,
 ) -> Forecast:
-    slice_bytes = sum(file.stat().st_size for file in next(iter(paths.values())).parent.glob("data-*"))
+    folder = next(iter(written.paths.values())).parent
+    slice_bytes = sum(file.stat().st_size for file in folder.glob("data-*"))
     shape, context = planned.model.shape, planned.plan.placement.context
     forecasts: dict[Test, SliceForecast] = {}
     costs: dict[str, float] = {}
@@ -243,7 +271,7 @@ def _compose(
         except ValueError as error:
             raise EngineError(
                 f"the slices do not tell the {test} of the whole model: {error}",
-                hint="The machine may be too busy to measure on: try again in a quiet moment.",
+                hint=_hint(parts[test], whole),
             ) from error
     attention = len(shape.attention_layers) / sum(
         not shape.recurrent[slices.layers[position]] for position in range(slices.sizes[0])
@@ -251,6 +279,12 @@ def _compose(
     deeper = max(0.0, min(measured.deep) - min(measured.shallow)) / DEPTH * attention
     depths = sorted({0, 4096, 32_768, planned.problem.options.workload.depth})
     decode = forecasts["decode"]
+    experts_ns = None
+    if measured.fewer and len(costs) == 2:  # layers of one kind
+        kind = next(name for name in costs if name != FIXED)
+        saved = median(map(sub, measured.usual, measured.fewer)) * shape.experts_used
+        times_larger = features_planned(planned, "decode")[kind] / parts["decode"][0][kind]
+        experts_ns = max(0.0, saved / (shape.experts_used - written.few_experts) * times_larger)
     return Forecast(
         planned=planned,
         slices=slices,
@@ -263,6 +297,8 @@ def _compose(
         prefill=forecasts["prefill"].speed(),
         fixed_ns=costs.pop(FIXED),
         layers_ns=costs,
+        experts_ns=experts_ns,
+        ram_share=_ram_share(planned, decode.ns),
         neighbours=_neighbours(planned, measured, parts),
         warnings=_warnings(planned, slice_bytes, any(one.noisy for one in forecasts.values())),
         rounds=len(measured.rounds["decode"]),
@@ -273,5 +309,7 @@ def _compose(
             "ns_per_token": measured.rounds,
             "shallow_ns": measured.shallow,
             "deep_ns": measured.deep,
+            "usual_experts_ns": measured.usual,
+            "fewer_experts_ns": measured.fewer,
         },
     )

@@ -26,6 +26,8 @@ VISITS_ALONE, REPEATS_ALONE = 2, 4
 PROMPT, GENERATE = 256, 24
 DEPTH = 1024
 """Tokens that the depth is measured with."""
+FEWER_ROUNDS = 5
+"""Rounds that tell what experts take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class ForecastWatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arm:
-    """A slice as it is loaded."""
+    """A slice as it is loaded; one with fewer experts per token is measured apart from the others."""
 
     layers: int
     request: Request
@@ -47,11 +49,16 @@ class Arm:
 
 @dataclass(slots=True)
 class Measured:
-    """Nanoseconds per token of each arm, a list per round; of the smallest at depth 0 and at DEPTH."""
+    """Nanoseconds per token of each arm, a list per round; of the smallest at depth 0 and at DEPTH.
+
+    `usual` and `fewer` are of the smallest and of the same with fewer experts per token, by turns.
+    """
 
     rounds: dict[Test, list[list[float]]] = field(default_factory=dict)
     shallow: list[float] = field(default_factory=list)
     deep: list[float] = field(default_factory=list)
+    usual: list[float] = field(default_factory=list)
+    fewer: list[float] = field(default_factory=list)
 
 
 class _Loaded:
@@ -87,9 +94,12 @@ class _Loaded:
 
 
 def measure_slices(
-    arms: Sequence[Arm], paths: Paths, notice: Notice, watch: ForecastWatch
+    arms: Sequence[Arm], few: Arm | None, paths: Paths, notice: Notice, watch: ForecastWatch
 ) -> tuple[Measured, dict[Test, list[Features]]]:
-    """What was measured of the slices, and what each of them consists of by test."""
+    """What was measured of the slices, and what each of them consists of by test.
+
+    `few` is the smallest with fewer experts per token, measured where all slices can be loaded at once.
+    """
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
     loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
     parts: dict[Test, list[Features]] = {"decode": [], "prefill": []}
@@ -120,6 +130,11 @@ def measure_slices(
         for _ in range(2):
             measured.shallow.append(_time(smallest, 0, GENERATE, seed=1) / GENERATE)
             measured.deep.append(_time(smallest, 0, GENERATE, seed=1, depth=DEPTH) / GENERATE)
+        if few is not None and not loaded.alone:
+            fewer = loaded.get(few)  # instead of the others, where it does not fit beside them
+            for seed in () if loaded.alone else range(FEWER_ROUNDS):
+                measured.fewer.append(_time(fewer, 0, GENERATE, seed=seed) / GENERATE)
+                measured.usual.append(_time(smallest, 0, GENERATE, seed=seed) / GENERATE)
     return measured, parts
 
 

@@ -46,6 +46,7 @@ LEAST_DECODED, LEAST_READ = 64, 256
 """Tokens that a test has to time in all: a tenth of a second and more even where they are fast."""
 STEADY_SAMPLES, DOUBT = 3, 3.0
 """With fewer samples than these a test may lie so many times further off."""
+_SLICE = "slice "
 FARTHEST = 10.0
 """A speed so many times over or under its forecast is of something else."""
 
@@ -84,9 +85,9 @@ def remember_slices(
     found = []
     for workload, tps in speeds.items():
         kind, terms = _terms(workload, planned, load)
-        name = f"slice pp{workload.prompt}" if workload.prompt else f"slice tg @ d{workload.depth}"
+        name = f"pp{workload.prompt}" if workload.prompt else f"tg @ d{workload.depth}"
         measured = {"tps": tps, "samples": STEADY_SAMPLES}
-        found.append({**common, "test": name, "kind": kind, "terms": terms, **measured})
+        found.append({**common, "test": _SLICE + name, "kind": kind, "terms": terms, **measured})
     _keep(found, planned, build, paths)
 
 
@@ -143,7 +144,8 @@ def _speed_test(entry: Mapping[str, Any], ram_bps: int | None) -> SpeedTest:
     if not abs(longer) <= math.log(FARTHEST):
         raise ValueError("not a speed of what was forecast")
     doubt = 1.0 if entry["samples"] >= STEADY_SAMPLES else DOUBT
-    return SpeedTest(str(entry["model"]), parts, longer, doubt)
+    sliced = str(entry.get("test")).startswith(_SLICE)
+    return SpeedTest(str(entry["model"]), parts, longer, doubt, sliced)
 
 
 def _teaching(record: Record, planned: PlannedModel) -> list[dict[str, Any]]:

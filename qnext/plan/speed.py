@@ -231,7 +231,11 @@ def predict_speed(
     )
     for what, words in (("decode", decode_words), ("prefill", prefill_words)):
         because += f"; {what} {words}" if words else ""
-    source: Literal["history", "roofline"] = "history" if decode_words or prefill_words else "roofline"
+    source: Literal["roofline", "slice", "history"] = (
+        "history" if decode_words or prefill_words else "roofline"
+    )
+    if history.decode is not None and model in history.decode.sliced:
+        source = "slice"
     return Prediction(decode_tps, prefill_tps, source), Reason("speed forecast", because, numbers)
 
 

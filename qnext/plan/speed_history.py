@@ -49,23 +49,29 @@ class SpeedTest:
     """One measured speed beside the uncorrected forecast.
 
     `parts` are the forecast's nanoseconds per token, by part; `longer` is log(measured / forecast time).
-    `doubt` is how many times further than usual the test may lie off what it stands for.
+    `doubt` is how many times further than usual the test may lie off what it stands for. `sliced`: it is what
+    slices of the model said.
     """
 
     model: str
     parts: Mapping[str, float]
     longer: float
     doubt: float = 1.0
+    sliced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """What tests taught: mean and covariance of each x they bear upon. `tests` is their number."""
+    """What tests taught: mean and covariance of each x they bear upon. `tests` is their number.
+
+    `sliced` are the models whose newest test is of slices.
+    """
 
     spread: Spread
     tests: int = 0
     mean: Mapping[str, float] = field(default_factory=dict)
     covariance: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    sliced: frozenset[str] = frozenset()
 
     def times_longer(self, part: str) -> float:
         """What the forecast time of a part is multiplied by."""
@@ -121,6 +127,7 @@ class Learnt:
                 for one in names
                 for other in names
             },
+            self.sliced | {test.model} if test.sliced else self.sliced - {test.model},
         )
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qnext.plan.values import SpeedRange
 
 
+MEMORY_BOUND = 0.75
+"""Share of the RAM's bandwidth from which on memory is said to bound decode."""
 _BAR = 12
 """Characters of the longest bar."""
 
@@ -35,21 +37,39 @@ def forecast_view(forecast: Forecast) -> Group:
         speeds.add_row(f"decode after {depth:,} tokens", *_cells(speed, usual))
     layers = "+".join(map(str, forecast.slices.sizes))
     total = forecast.fixed_ns + sum(forecast.layers_ns.values())
-    shares = ", ".join(
-        f"{ns / total:.0%} {name}"
-        for name, ns in {**forecast.layers_ns, "head and start": forecast.fixed_ns}.items()
-    )
+    shares = ", ".join(f"{ns / total:.0%} {name}" for name, ns in _parts(forecast).items())
     words = [
         f"{shape.name or planned.plan.model_ref} {shape.quant or ''}: {shape.n_layer} layers from {layers}, "
         f"{forecast.rounds} rounds in {forecast.elapsed_s:.0f} s, "
         f"slices of {format_bytes(forecast.slice_bytes)}",
         f"a token takes {total / 1e6:.1f} ms: {shares}",
+        *([] if forecast.ram_share is None else [_bound(forecast.ram_share)]),
     ]
     parts: list[RenderableType] = [Text(words[0], style="bold"), speeds, *map(Text, words[1:])]
     if len(forecast.neighbours) > 1:
         parts += [Text(), _curve(forecast)]
     parts += [Text(f"warning: {text}", style="yellow") for text in forecast.warnings]
     return Group(*parts)
+
+
+def _parts(forecast: Forecast) -> dict[str, float]:
+    """What a token's time goes into, in nanoseconds."""
+    layers, experts = dict(forecast.layers_ns), forecast.experts_ns
+    if experts is not None:
+        inside = sum(layers.values())
+        experts = min(experts, inside)
+        shape = forecast.planned.model.shape
+        rest = "attention and DeltaNet" if any(shape.recurrent) else "attention"
+        layers = {"routed experts": experts, f"{rest} layers without them": inside - experts}
+    return {**layers, "head and start": forecast.fixed_ns}
+
+
+def _bound(share: float) -> str:
+    """In a sentence, what limits decode, by the share of the RAM's bandwidth that it uses."""
+    reads = f"a token reads its weights at {share:.0%} of the bandwidth measured for this RAM"
+    if share >= MEMORY_BOUND:
+        return f"{reads}: memory is what bounds it, more cores would not help"
+    return f"{reads}: what bounds it are the processor's sums and its start of each step, not memory"
 
 
 def _curve(forecast: Forecast) -> Table:
@@ -82,6 +102,8 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         "decode_tps": [{"depth": depth, **asdict(speed)} for depth, speed in forecast.decode.items()],
         "fixed_ns": forecast.fixed_ns,
         "layers_ns": dict(forecast.layers_ns),
+        "experts_ns": forecast.experts_ns,
+        "ram_share": forecast.ram_share,
         "neighbours": [asdict(one) for one in forecast.neighbours],
         "warnings": list(forecast.warnings),
         "rounds": forecast.rounds,

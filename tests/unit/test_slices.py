@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_slices_of_two_sizes_are_models_that_share_their_data(tmp_path: Path) ->
     shape = read_shape(header)
     slices = choose_slices(shape, (4, 8))
     told: list[tuple[int, int]] = []
-    paths = write_slices(
+    written = write_slices(
         header,
         shape,
         slices,
@@ -46,7 +48,7 @@ def test_slices_of_two_sizes_are_models_that_share_their_data(tmp_path: Path) ->
         progress=lambda done, total: told.append((done, total)),
     )
     types = {tensor.name: (tensor.shape, tensor.type_name) for tensor in header.tensors}
-    for layers, path in paths.items():
+    for layers, path in written.paths.items():
         cut = read_header(path)
         found = read_shape(cut)
         assert (found.n_layer, found.n_vocab, found.recurrent) == (
@@ -62,23 +64,55 @@ def test_slices_of_two_sizes_are_models_that_share_their_data(tmp_path: Path) ->
                 else tensor.name.replace(f"{layer}", f"{slices.layers[layer]}", 1)
             )
             assert (tensor.shape, tensor.type_name) == types[name]
-    data = sorted(paths[4].parent.glob("data-*.gguf"))
-    assert [file.stat().st_nlink for file in data] == [3, 2]
+    assert written.few_path is not None
+    fewer = read_shape(read_header(written.few_path))
+    assert (fewer.n_layer, fewer.experts_used, shape.experts_used) == (
+        4,
+        written.few_experts,
+        2 * fewer.experts_used,
+    )
+    data = sorted(written.paths[4].parent.glob("data-*.gguf"))
+    assert [file.stat().st_nlink for file in data] == [4, 2]
     assert told and told[-1][0] <= told[-1][1]
-    written = data[0].stat().st_mtime_ns
-    assert write_slices(header, shape, slices, tmp_path, quantizer=None) == paths
-    assert data[0].stat().st_mtime_ns == written
+    when = data[0].stat().st_mtime_ns
+    assert write_slices(header, shape, slices, tmp_path, quantizer=None) == written
+    assert data[0].stat().st_mtime_ns == when
 
 
-def test_what_an_interrupted_call_left_is_not_believed(tmp_path: Path) -> None:
+def test_what_was_cut_short_is_not_believed(tmp_path: Path) -> None:
     header = imagined_header("tiny-qwen3next", "Q8_0", 12)
     shape = read_shape(header)
     slices = choose_slices(shape, (4, 8))
-    paths = write_slices(header, shape, slices, tmp_path, quantizer=None)
-    (paths[4].parent / "complete").unlink()
-    (paths[4].parent / "data-1.gguf").write_bytes(b"half")
+    path = write_slices(header, shape, slices, tmp_path, quantizer=None).paths[4]
+    (path.parent / "data-1.gguf").write_bytes(b"half")
     write_slices(header, shape, slices, tmp_path, quantizer=None)
-    assert read_shape(read_header(paths[4])).n_layer == 4
+    assert read_shape(read_header(path)).n_layer == 4
+
+
+def test_an_interrupted_call_leaves_nothing(tmp_path: Path) -> None:
+    header = imagined_header("tiny-qwen3next", "Q8_0", 12)
+    shape = read_shape(header)
+
+    def interrupt(done: int, total: int) -> None:
+        if 2 * done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_slices(
+            header, shape, choose_slices(shape, (4, 8)), tmp_path, quantizer=None, progress=interrupt
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_call_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f"{ended.pid}-x.part").mkdir()
+    (tmp_path / f"{os.getpid()}-y.part").mkdir()
+    header = imagined_header("tiny-qwen3next", "Q8_0", 12)
+    shape = read_shape(header)
+    path = write_slices(header, shape, choose_slices(shape, (4, 8)), tmp_path, quantizer=None).paths[4]
+    assert {place.name for place in tmp_path.iterdir()} == {f"{os.getpid()}-y.part", path.parent.name}
 
 
 def test_slices_of_models_that_were_not_used_lately_give_way(tmp_path: Path) -> None:
@@ -88,8 +122,8 @@ def test_slices_of_models_that_were_not_used_lately_give_way(tmp_path: Path) -> 
         os.utime(tmp_path / name, (when, when))
     header = imagined_header("tiny-qwen3next", "Q8_0", 12)
     shape = read_shape(header)
-    paths = write_slices(header, shape, choose_slices(shape, (4, 8)), tmp_path, quantizer=None)
-    assert {place.name for place in tmp_path.iterdir()} == {"newest", paths[4].parent.name}
+    path = write_slices(header, shape, choose_slices(shape, (4, 8)), tmp_path, quantizer=None).paths[4]
+    assert {place.name for place in tmp_path.iterdir()} == {"newest", path.parent.name}
 
 
 def test_other_families_are_refused_by_name() -> None:

@@ -4,6 +4,7 @@ What a layer costs does not depend on what its weights say, so a few layers tell
 Slices of several sizes share their data: the file is a split GGUF (llama.cpp's own format for large models)
 whose first shard has no tensors, the second the embedding, the head and the smallest slice's layers, each
 further one the layers that the next size has more. So eight layers and four take the disk space of eight.
+The smallest slice can also be opened as a model that uses half as many experts: what it takes less is theirs.
 
 Layers come in whole periods of the architecture (three of DeltaNet and one of attention for Qwen3-Next), as
 llama.cpp tells their kind by their position. Those are taken whose sizes are nearest to the mean: quants give
@@ -12,13 +13,17 @@ some layers more bits than others.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from qnext.errors import ModelError
 from qnext.models.header import ModelHeader, SkippedArray
@@ -31,7 +36,6 @@ from qnext.units import format_bytes
 FAMILIES = frozenset(shape.arch for shape in SHAPES.values())
 KEPT, IN_USE_S = 2, 3600.0
 """Models whose slices are kept; those used within so many seconds in any case."""
-_COMPLETE = "complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,15 @@ class Slices:
 
     layers: tuple[int, ...]
     sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenSlices:
+    """What to open: by number of layers, and the smallest with `few_experts` per token (None: no experts)."""
+
+    paths: dict[int, Path]
+    few_path: Path | None
+    few_experts: int
 
 
 def layer_period(shape: ModelShape) -> int:
@@ -110,26 +123,34 @@ def write_slices(
     *,
     quantizer: Quantizer | None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[int, Path]:
-    """Write the slices below `folder`, or find them there; the path to open for each number of layers.
+) -> WrittenSlices:
+    """Write the slices below `folder`, or find them there.
 
-    `progress` gets bytes written and in all. A folder that an interrupted call left behind is begun anew, and
-    the slices of other models that were not used lately are deleted.
+    `progress` gets bytes written and in all. They come into their place when complete. What a killed call
+    left behind is deleted, and so are the slices of other models that were not used lately.
     Raises ModelError where the disk lacks room, EngineError without what quantises.
     """
     layouts = slice_layouts(header, shape, slices)
     total = sum(layout.file_bytes for layout in layouts)
     place = folder / slices_key(header, slices)
-    paths = {size: place / f"{size}-layers-{_of(1, index + 2)}" for index, size in enumerate(slices.sizes)}
-    if (place / _COMPLETE).exists():
+    few = shape.experts_used // 2
+    openings = [
+        _Opening(f"{size}-layers", size, index + 1, shape.experts_used)
+        for index, size in enumerate(slices.sizes)
+    ]
+    if few:
+        openings.append(_Opening("few-experts", slices.sizes[0], 1, few))
+    paths = [place / f"{one.name}-{_of(1, one.shards + 1)}" for one in openings]
+    by_size = dict(zip(slices.sizes, paths, strict=False))
+    written = WrittenSlices(by_size, paths[-1] if few else None, few)
+    if _are_whole(place, layouts):
         os.utime(place)
-        return paths
+        return written
     shutil.rmtree(place, ignore_errors=True)
     _forget_old(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
     if total > free:
-        place.rmdir()
         raise ModelError(
             f"{folder} has {format_bytes(free)} free, the slices take {format_bytes(total)}",
             hint="Free some space, or set QNEXT_HOME to a folder on a larger disk.",
@@ -147,31 +168,65 @@ def write_slices(
 
         return pieces
 
-    for number, layout in enumerate(layouts):
-        weights = Weights(layout.tensors, quantizer, seed=number)
-        write_file(place / f"data-{number + 1}.gguf", layout, counted(weights))
-    for index, size in enumerate(slices.sizes):
-        shards = layouts[: index + 1]
-        metadata = _metadata(header, slices.layers[:size])
-        counts: dict[str, MetaValue] = {
-            "split.no": U16(0),
-            "split.count": U16(len(shards) + 1),
-            "split.tensors.count": I32(sum(len(layout.tensors) for layout in shards)),
-        }
-        write_file(paths[size], lay_out(metadata | counts, []), None)
-        for number in range(len(shards)):
-            link = place / f"{size}-layers-{_of(number + 2, len(shards) + 1)}"
-            os.link(place / f"data-{number + 1}.gguf", link)
-    (place / _COMPLETE).touch()
-    return paths
+    with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", suffix=".part", dir=folder) as part:
+        for number, layout in enumerate(layouts):
+            weights = Weights(layout.tensors, quantizer, seed=number)
+            write_file(Path(part) / _data_name(number), layout, counted(weights))
+        for one, path in zip(openings, paths, strict=True):
+            shards = layouts[: one.shards]
+            metadata = _metadata(header, slices.layers[: one.layers])
+            if few:
+                metadata[f"{shape.arch}.expert_used_count"] = one.experts_used
+            counts: dict[str, MetaValue] = {
+                "split.no": U16(0),
+                "split.count": U16(len(shards) + 1),
+                "split.tensors.count": I32(sum(len(layout.tensors) for layout in shards)),
+            }
+            write_file(Path(part) / path.name, lay_out(metadata | counts, []), None)
+            for number in range(len(shards)):
+                link = f"{one.name}-{_of(number + 2, len(shards) + 1)}"
+                os.link(Path(part) / _data_name(number), Path(part) / link)
+        with contextlib.suppress(OSError):  # another forecast of the model was first
+            Path(part).rename(place)
+            Path(part).mkdir()  # for who deletes it
+    return written
+
+
+def _data_name(number: int) -> str:
+    return f"data-{number + 1}.gguf"
+
+
+def _are_whole(place: Path, layouts: Sequence[Layout]) -> bool:
+    """Whether slices are there as they were written: after a power failure files may be short."""
+    return place.is_dir() and all(
+        (file := place / _data_name(number)).is_file() and file.stat().st_size == layout.file_bytes
+        for number, layout in enumerate(layouts)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A way to open the data: files called `name`, so many layers, in so many shards with data."""
+
+    name: str
+    layers: int
+    shards: int
+    experts_used: int
 
 
 def _forget_old(folder: Path) -> None:
-    """Delete the slices that were used longest ago, so that KEPT are left; none of the last hour's."""
+    """Delete what dead processes left half-written, and the slices used longest ago: KEPT are left."""
     places = sorted(folder.glob("*"), key=lambda place: place.stat().st_mtime, reverse=True)
-    for place in places[KEPT - 1 :]:
-        if time.time() - place.stat().st_mtime > IN_USE_S:
-            shutil.rmtree(place, ignore_errors=True)
+    parts = [place for place in places if place.suffix == ".part"]
+    whole = [place for place in places if place not in parts]
+    old = [place for place in whole[KEPT - 1 :] if time.time() - place.stat().st_mtime > IN_USE_S]
+    for place in old + [part for part in parts if not _is_being_written(part)]:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_being_written(part: Path) -> bool:
+    process = part.name.partition("-")[0]
+    return process.isdecimal() and psutil.pid_exists(int(process))
 
 
 def slices_key(header: ModelHeader, slices: Slices) -> str:
