@@ -12,9 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 hypothesis.settings.register_profile("busy machine", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("busy machine")
@@ -68,3 +72,16 @@ def qnext(qnext_home: Path) -> Qnext:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, for pages."""
+    from tests.browser import Browser, find_chromium
+
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    running = Browser(program, tmp_path_factory.mktemp("chromium"))
+    yield running
+    running.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags, workload_named
-from qnext.cli.output import note, print_json, print_table, progress_bar
+from qnext.cli.output import note, print_json, print_table, progress_bar, write_file
 from qnext.errors import UsageError
 
 
@@ -21,6 +22,9 @@ def forecast(
     depth: Annotated[
         int | None,
         typer.Option("-d", "--n-depth", min=0, metavar="TOKENS", help="Conversation that went before it."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write an HTML page with charts.")
     ] = None,
     clean: Annotated[
         bool, typer.Option("--clean", metavar="", help="Delete the slices kept so far.")
@@ -62,6 +66,11 @@ def forecast(
                 on_round=lambda number, count: progress((number - 1) / count, f"round {number} of {count}"),
             ),
         )
+    if output is not None:
+        from qnext.report.forecast_page import forecast_page
+
+        write_file(output, forecast_page(found))
+        note(f"wrote {output}")
     if json_output:
         from qnext.report.forecast_view import forecast_to_dict
 

@@ -20,7 +20,7 @@ from typing import Any
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.errors import EngineError, ModelError
-from qnext.models.synth.slices import Slices, WrittenSlices, choose_slices, layer_period, write_slices
+from qnext.models.synth.slices import FEW, Slices, WrittenSlices, choose_slices, layer_period, write_slices
 from qnext.pipeline.planning import PlannedModel, lacking_words, plan_model
 from qnext.pipeline.request import Request
 from qnext.pipeline.slice_measuring import (
@@ -44,6 +44,7 @@ from qnext.plan.slice_fit import (
     Test,
     forecast_whole,
     kind_of_layer,
+    median_with_error,
     part_ns,
     weights_of,
 )
@@ -72,11 +73,13 @@ class Neighbour:
 class Forecast:
     """What slices say of a model on this machine, as it was planned; with `warnings`, plans do not use it.
 
-    `decode` is by tokens of context that came before, `prefill` that of a prompt of `prompt` tokens;
+    `decode` is by tokens of context that came before, `prefill` that of a prompt of `prompt` tokens,
+    `prefill_by_ubatch` the middle of prompts that fill a batch of so many tokens;
     `neighbours` are other numbers of expert layers in RAM, the planned one among them, where there is a
     device. `fixed_ns` and `layers_ns` are a token's time in parts, `experts_ns` what routed experts have of
     the latter, None where that was not measured. `ram_share` is what a token reads in its time over the RAM's
-    measured bandwidth, None where devices have a part. `samples` are all that was measured.
+    measured bandwidth, None where devices have a part. `memory_bytes` is what the plans of all slices in
+    memory at once add up to. `samples` are all that was measured.
     """
 
     planned: PlannedModel
@@ -84,6 +87,7 @@ class Forecast:
     prompt: int
     decode: Mapping[int, SpeedRange]
     prefill: SpeedRange
+    prefill_by_ubatch: Mapping[int, float]
     fixed_ns: float
     layers_ns: Mapping[str, float]
     experts_ns: float | None
@@ -93,6 +97,7 @@ class Forecast:
     rounds: int
     elapsed_s: float
     slice_bytes: int
+    memory_bytes: int
     samples: Mapping[str, Any]
 
 
@@ -125,7 +130,7 @@ def run_forecast(request: Request, paths: Paths, notice: Notice, watch: Forecast
     )
     arms = _arms(request, planned, found.paths)
     few = None
-    if found.few_path is not None and not planned.plan.placement.devices:
+    if found.few_path is not None:
         few = replace(arms[0], request=replace(arms[0].request, model=str(found.few_path)))
     measured, parts = measure_slices(arms, few, paths, notice, watch)
     forecast = _compose(planned, slices, measured, parts, time.monotonic() - began, found)
@@ -209,6 +214,14 @@ def _hint(parts: Sequence[Features], whole: Features) -> str:
     return "The machine may be too busy to measure on: try again in a quiet moment."
 
 
+def _by_ubatch(measured: Measured, usual: int, tps: float) -> dict[int, float]:
+    """Tokens per second of the whole by ubatch, as the smallest slice's change; `tps` is with `usual`."""
+    if usual not in measured.ubatch:
+        return {}
+    ns = {size: median(each) for size, each in measured.ubatch.items()}
+    return {size: round(tps * ns[usual] / each, 2) for size, each in ns.items()}
+
+
 def _ram_share(planned: PlannedModel, token_ns: float) -> float | None:
     """Bytes that a token reads in its time, over what the RAM was measured to give."""
     bandwidth = planned.surroundings.speeds.ram_bps
@@ -276,7 +289,8 @@ def _compose(
     attention = len(shape.attention_layers) / sum(
         not shape.recurrent[slices.layers[position]] for position in range(slices.sizes[0])
     )
-    deeper = max(0.0, min(measured.deep) - min(measured.shallow)) / DEPTH * attention
+    slope, doubt = median_with_error(list(map(sub, measured.deep, measured.shallow)))
+    deeper = max(0.0, slope) * attention / DEPTH, doubt * attention / DEPTH
     depths = sorted({0, 4096, 32_768, planned.problem.options.workload.depth})
     decode = forecasts["decode"]
     experts_ns = None
@@ -284,26 +298,24 @@ def _compose(
         kind = next(name for name in costs if name != FIXED)
         saved = median(map(sub, measured.usual, measured.fewer)) * shape.experts_used
         times_larger = features_planned(planned, "decode")[kind] / parts["decode"][0][kind]
-        experts_ns = max(0.0, saved / (shape.experts_used - written.few_experts) * times_larger)
+        experts_ns = max(0.0, saved / (shape.experts_used - FEW) * times_larger)
     return Forecast(
         planned=planned,
         slices=slices,
         prompt=PROMPT,
-        decode={
-            depth: replace(decode, ns=decode.ns + deeper * depth).speed()
-            for depth in depths
-            if depth <= context
-        },
-        prefill=forecasts["prefill"].speed(),
+        decode={depth: decode.after(depth, deeper).speed() for depth in depths if depth <= context},
+        prefill=(prefill := forecasts["prefill"].speed()),
+        prefill_by_ubatch=_by_ubatch(measured, min(PROMPT, planned.plan.placement.ubatch), prefill.mid),
         fixed_ns=costs.pop(FIXED),
         layers_ns=costs,
         experts_ns=experts_ns,
         ram_share=_ram_share(planned, decode.ns),
         neighbours=_neighbours(planned, measured, parts),
         warnings=_warnings(planned, slice_bytes, any(one.noisy for one in forecasts.values())),
-        rounds=len(measured.rounds["decode"]),
+        rounds=len(measured.rounds["prefill"]),
         elapsed_s=elapsed_s,
         slice_bytes=slice_bytes,
+        memory_bytes=measured.memory_bytes,
         samples={
             "parts": {test: list(map(dict, each)) for test, each in parts.items()},
             "ns_per_token": measured.rounds,
@@ -311,5 +323,6 @@ def _compose(
             "deep_ns": measured.deep,
             "usual_experts_ns": measured.usual,
             "fewer_experts_ns": measured.fewer,
+            "ubatch_ns": measured.ubatch,
         },
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from statistics import median
+from typing import cast
 
 from qnext.config import Paths
 from qnext.errors import DoesNotFitError, EngineError
@@ -23,11 +27,16 @@ LEAST_SECONDS, SECONDS = 10.0, 100.0
 """Rounds go on until they are USUAL_ROUNDS and have taken LEAST_SECONDS, or until SECONDS are over."""
 VISITS_ALONE, REPEATS_ALONE = 2, 4
 """Where only one slice can be loaded at a time: loads of each, there and back, and rounds in each of them."""
-PROMPT, GENERATE = 256, 24
-DEPTH = 1024
+PROMPT, GENERATE = 256, 8
+PIECES = 3
+"""Answers per round and prompt: short ones, by turns, fall into the same moments of an uneven machine."""
+DEPTH = 2048
 """Tokens that the depth is measured with."""
-FEWER_ROUNDS = 5
-"""Rounds that tell what experts take."""
+UBATCHES = 128, 256, 512, 1024, 2048, 4096
+UBATCH_SECONDS = 5.0
+"""Sizes of a batch that a prompt is measured with, as long as one takes no longer than this."""
+PAIRS = 8
+"""How often depth and experts are measured, each time beside the usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +58,21 @@ class Arm:
 
 @dataclass(slots=True)
 class Measured:
-    """Nanoseconds per token of each arm, a list per round; of the smallest at depth 0 and at DEPTH.
+    """Nanoseconds per token of each arm, a list per round.
 
-    `usual` and `fewer` are of the smallest and of the same with fewer experts per token, by turns.
+    `shallow` and `deep` are pairs at depth 0 and at DEPTH, of the smallest with few experts per token;
+    `fewer` and `usual` are pairs of it and of the smallest as it is, none where only one can be loaded.
+    `ubatch` is what a prompt takes in the smallest, by its batch. `memory_bytes` is what the plans of all
+    slices in memory at once add up to.
     """
 
     rounds: dict[Test, list[list[float]]] = field(default_factory=dict)
     shallow: list[float] = field(default_factory=list)
     deep: list[float] = field(default_factory=list)
-    usual: list[float] = field(default_factory=list)
     fewer: list[float] = field(default_factory=list)
+    usual: list[float] = field(default_factory=list)
+    ubatch: dict[int, list[float]] = field(default_factory=dict)
+    memory_bytes: int = 0
 
 
 class _Loaded:
@@ -68,6 +82,7 @@ class _Loaded:
         self._paths, self._notice, self._on_load = paths, notice, on_load
         self._models: dict[Arm, RunningModel] = {}
         self.alone = False
+        self.most_bytes = 0
 
     def get(self, arm: Arm) -> RunningModel:
         """The arm's model, loaded now if it is not."""
@@ -82,6 +97,9 @@ class _Loaded:
                 self.alone = True
                 self.close()
                 self._models[arm] = self._open(arm)
+            plans = [model.planned.plan for model in self._models.values()]
+            planned = sum(device.total_bytes for plan in plans for device in plan.devices)
+            self.most_bytes = max(self.most_bytes, planned)
         return self._models[arm]
 
     def _open(self, arm: Arm) -> RunningModel:
@@ -98,7 +116,7 @@ def measure_slices(
 ) -> tuple[Measured, dict[Test, list[Features]]]:
     """What was measured of the slices, and what each of them consists of by test.
 
-    `few` is the smallest with fewer experts per token, measured where all slices can be loaded at once.
+    `few` is the smallest with fewer experts per token: depth is measured there, as a prompt takes less time.
     """
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
     loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
@@ -116,26 +134,71 @@ def measure_slices(
         ):
             if watch.on_round is not None:
                 watch.on_round(number + 1, max(number + 1, USUAL_ROUNDS))
-            taken: dict[Test, list[dict[Arm, float]]] = {test: [{} for _ in range(repeats)] for test in parts}
-            for arm in arms if number // repeats % 2 else arms[::-1]:
-                model = loaded.get(arm)
-                for again in range(repeats):
-                    seed = number + again + 1
-                    taken["prefill"][again][arm] = _time(model, PROMPT, 0, seed=seed, warmup=False) / PROMPT
-                    taken["decode"][again][arm] = _time(model, 0, GENERATE, seed=seed) / GENERATE
+            for test, rows in _measure_round(loaded, arms if number // repeats % 2 else arms[::-1], number):
+                measured.rounds[test] += [[row[arm] for arm in arms] for row in rows]
             number += repeats
-            for test, rounds in taken.items():
-                measured.rounds[test] += [[by_arm[arm] for arm in arms] for by_arm in rounds]
-        smallest = loaded.get(min(arms, key=lambda arm: arm.layers))
-        for _ in range(2):
-            measured.shallow.append(_time(smallest, 0, GENERATE, seed=1) / GENERATE)
-            measured.deep.append(_time(smallest, 0, GENERATE, seed=1, depth=DEPTH) / GENERATE)
-        if few is not None and not loaded.alone:
-            fewer = loaded.get(few)  # instead of the others, where it does not fit beside them
-            for seed in () if loaded.alone else range(FEWER_ROUNDS):
-                measured.fewer.append(_time(fewer, 0, GENERATE, seed=seed) / GENERATE)
+        smallest = loaded.get(arms[0])
+        _measure_ubatch(smallest, measured)
+        model = smallest if few is None else loaded.get(few)
+        _measure_depth(model, measured)
+        if model is not smallest and not loaded.alone:
+            for seed in range(PAIRS):
+                measured.fewer.append(_time(model, 0, GENERATE, seed=seed) / GENERATE)
                 measured.usual.append(_time(smallest, 0, GENERATE, seed=seed) / GENERATE)
+        measured.memory_bytes = loaded.most_bytes
     return measured, parts
+
+
+def _measure_round(
+    loaded: _Loaded, arms: Sequence[Arm], number: int
+) -> Iterable[tuple[Test, list[dict[Arm, float]]]]:
+    """Rows with a time for each arm: those of a row near each other where all arms are in memory."""
+    repeats = REPEATS_ALONE if loaded.alone else 1
+    rows: dict[Test, list[dict[Arm, float]]] = {
+        "prefill": [{} for _ in range(repeats)],
+        "decode": [{} for _ in range(PIECES * repeats)],
+    }
+    steps = [(test, again) for test, each in rows.items() for again in range(len(each))]
+    turns = product(arms, steps) if loaded.alone else ((arm, step) for step in steps for arm in arms)
+    for arm, (test, again) in turns:
+        prompt, generate = (PROMPT, 0) if test == "prefill" else (0, GENERATE)
+        ns = _time(loaded.get(arm), prompt, generate, seed=PIECES * number + again, warmup=not prompt)
+        rows[test][again][arm] = ns / (prompt + generate)
+    return rows.items()
+
+
+def _measure_ubatch(model: RunningModel, measured: Measured) -> None:
+    """Prompts of one full batch each, every size twice, there and back."""
+    planned = model.planned.plan.placement
+    sizes: list[int] = []
+    for size in UBATCHES:
+        measured.ubatch[size] = [_time_ubatch(model, size)]
+        sizes.append(size)
+        if 2 * size * measured.ubatch[size][0] > UBATCH_SECONDS * 1e9:
+            break
+    for size in sizes[::-1]:
+        measured.ubatch[size].append(_time_ubatch(model, size))
+    model.session.renew(planned)
+    model.session.warm_up()
+
+
+def _time_ubatch(model: RunningModel, size: int) -> float:
+    planned = model.planned.plan.placement
+    model.session.renew(replace(planned, ubatch=size, batch=max(planned.batch, size)), context=size + 64)
+    model.session.warm_up()
+    return _time(model, size, 0, seed=size, warmup=False) / size
+
+
+def _measure_depth(model: RunningModel, measured: Measured) -> None:
+    chance, rows = random.Random(1), model.planned.model.shape.n_vocab
+    before = [chance.randrange(rows) for _ in range(DEPTH)]
+    for number in range(PAIRS + 1):
+        for tokens, kept in (([], measured.shallow), (before, measured.deep)):
+            done = model.session.turn(
+                depth_tokens=tokens, prompt_tokens=[chance.randrange(rows)], generate=GENERATE
+            )
+            if number:  # the first warms up
+                kept.append(median(cast("list[int]", done["token_ns"])))
 
 
 def _enough(rounds: int, seconds: float) -> bool:
@@ -145,12 +208,10 @@ def _enough(rounds: int, seconds: float) -> bool:
     return done or seconds + seconds / rounds > SECONDS
 
 
-def _time(
-    model: RunningModel, prompt: int, generate: int, *, seed: int, warmup: bool = True, depth: int = 0
-) -> float:
+def _time(model: RunningModel, prompt: int, generate: int, *, seed: int, warmup: bool = True) -> float:
     """Nanoseconds of one test as llama-bench times it."""
     events = model.session.bench(
-        prompt=prompt, generate=generate, depth=depth, repetitions=1, warmup=warmup, seed=seed
+        prompt=prompt, generate=generate, depth=0, repetitions=1, warmup=warmup, seed=seed
     )
     samples = [float(str(event["ns"])) for event in events if event["event"] == "sample"]
     if not samples:

@@ -39,14 +39,20 @@ WIDEST = 0.20
 
 @dataclass(frozen=True, slots=True)
 class SliceForecast:
-    """Nanoseconds of a step of the whole model, and the standard deviation of their logarithm.
-
-    `noisy`: the rounds scattered more than a range may be wide.
-    """
+    """Nanoseconds of a step of the whole model, and the standard deviation of their logarithm."""
 
     ns: float
     spread: float
-    noisy: bool
+
+    @property
+    def noisy(self) -> bool:
+        """Whether what was measured scattered more than a range may be wide."""
+        return math.exp(CONFIDENCE * self.spread) > 1 + WIDEST
+
+    def after(self, depth: int, slope: tuple[float, float]) -> SliceForecast:
+        """With `depth` tokens before it, each of which adds `slope` nanoseconds (and its deviation)."""
+        ns = self.ns + slope[0] * depth
+        return SliceForecast(ns, math.hypot(self.spread * self.ns, slope[1] * depth) / ns)
 
     def speed(self, tokens: int = 1) -> SpeedRange:
         """Tokens per second of steps of so many tokens."""
@@ -112,11 +118,14 @@ def forecast_whole(rounds: Sequence[Sequence[float]], weights: Sequence[float]) 
     Raises ValueError where a round comes out at nothing: what was measured cannot be times of these arms.
     """
     values = [sum(w * ns for w, ns in zip(weights, one, strict=True)) for one in rounds]
-    middle = median(values)
-    if middle <= 0 or not values:
+    middle, error = median_with_error(values)
+    if middle <= 0:
         raise ValueError("the larger slice was not slower than the smaller one")
-    # Of few values, some of them struck by other programs: the median and its spread by the median deviation.
+    return SliceForecast(middle, math.hypot(MODEL_ERROR, error / middle))
+
+
+def median_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """The median and its standard deviation, by the median deviation: a few values may be disturbed."""
+    middle = median(values)
     deviation = 1.4826 * median(abs(value - middle) for value in values)
-    error = 1.25 * deviation / math.sqrt(len(values)) / middle
-    spread = math.hypot(MODEL_ERROR, error)
-    return SliceForecast(middle, spread, math.exp(CONFIDENCE * spread) > 1 + WIDEST)
+    return middle, 1.25 * deviation / math.sqrt(len(values))

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qnext.plan.plan import plan_to_dict
+from qnext.report.words import digits
 from qnext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,41 +36,69 @@ def forecast_view(forecast: Forecast) -> Group:
     for depth, speed in forecast.decode.items():
         usual = said.decode_tps if depth == workload.depth else None
         speeds.add_row(f"decode after {depth:,} tokens", *_cells(speed, usual))
-    layers = "+".join(map(str, forecast.slices.sizes))
-    total = forecast.fixed_ns + sum(forecast.layers_ns.values())
-    shares = ", ".join(f"{ns / total:.0%} {name}" for name, ns in _parts(forecast).items())
-    words = [
-        f"{shape.name or planned.plan.model_ref} {shape.quant or ''}: {shape.n_layer} layers from {layers}, "
-        f"{forecast.rounds} rounds in {forecast.elapsed_s:.0f} s, "
-        f"slices of {format_bytes(forecast.slice_bytes)}",
-        f"a token takes {total / 1e6:.1f} ms: {shares}",
-        *([] if forecast.ram_share is None else [_bound(forecast.ram_share)]),
+    times = token_parts(forecast)
+    total = sum(times.values())
+    shares = ", ".join(f"{ns / total:.0%} {name}" for name, ns in times.items())
+    name = f"{shape.name or planned.plan.model_ref} {shape.quant or ''}"
+    parts: list[RenderableType] = [
+        Text(f"{name}: {measured_words(forecast)}", style="bold"),
+        speeds,
+        Text(f"a token takes {total / 1e6:.1f} ms: {shares}"),
     ]
-    parts: list[RenderableType] = [Text(words[0], style="bold"), speeds, *map(Text, words[1:])]
+    if bound := bound_words(forecast):
+        parts.append(Text(bound))
+    if forecast.prefill_by_ubatch:
+        speeds_by = ", ".join(f"{size:,}: {tps:.1f}" for size, tps in forecast.prefill_by_ubatch.items())
+        chosen = planned.plan.placement.ubatch
+        parts.append(Text(f"prefill t/s by ubatch (long prompts; the plan has {chosen}): {speeds_by}"))
     if len(forecast.neighbours) > 1:
         parts += [Text(), _curve(forecast)]
     parts += [Text(f"warning: {text}", style="yellow") for text in forecast.warnings]
     return Group(*parts)
 
 
-def _parts(forecast: Forecast) -> dict[str, float]:
+def headline_words(forecast: Forecast) -> str:
+    """What to expect, in a sentence."""
+    decode, prefill = next(iter(forecast.decode.values())), forecast.prefill
+    return (
+        f"{digits(decode.mid)} tokens per second of answer ({digits(decode.low)} to {digits(decode.high)}), "
+        f"{digits(prefill.mid)} of prompt ({digits(prefill.low)} to {digits(prefill.high)})"
+    )
+
+
+def measured_words(forecast: Forecast) -> str:
+    """What the forecast rests on."""
+    layers = "+".join(map(str, forecast.slices.sizes))
+    return (
+        f"{forecast.planned.model.shape.n_layer} layers from {layers}, {forecast.rounds} rounds in "
+        f"{forecast.elapsed_s:.0f} s, slices of {format_bytes(forecast.slice_bytes)}"
+    )
+
+
+def token_parts(forecast: Forecast) -> dict[str, float]:
     """What a token's time goes into, in nanoseconds."""
     layers, experts = dict(forecast.layers_ns), forecast.experts_ns
     if experts is not None:
         inside = sum(layers.values())
         experts = min(experts, inside)
-        shape = forecast.planned.model.shape
-        rest = "attention and DeltaNet" if any(shape.recurrent) else "attention"
-        layers = {"routed experts": experts, f"{rest} layers without them": inside - experts}
-    return {**layers, "head and start": forecast.fixed_ns}
+        recurrent = any(forecast.planned.model.shape.recurrent)
+        rest = (
+            "attention, DeltaNet and what else is in layers"
+            if recurrent
+            else "attention and what else is in layers"
+        )
+        layers = {"routed experts": experts, rest: inside - experts}
+    return {**layers, "head and start of a step": forecast.fixed_ns}
 
 
-def _bound(share: float) -> str:
-    """In a sentence, what limits decode, by the share of the RAM's bandwidth that it uses."""
-    reads = f"a token reads its weights at {share:.0%} of the bandwidth measured for this RAM"
-    if share >= MEMORY_BOUND:
-        return f"{reads}: memory is what bounds it, more cores would not help"
-    return f"{reads}: what bounds it are the processor's sums and its start of each step, not memory"
+def bound_words(forecast: Forecast) -> str:
+    """In a sentence, what limits decode, by the share of the RAM's bandwidth that it uses; "" on devices."""
+    if forecast.ram_share is None:
+        return ""
+    reads = f"weights are read at {forecast.ram_share:.0%} of this RAM's measured bandwidth"
+    if forecast.ram_share >= MEMORY_BOUND:
+        return f"{reads}: memory bounds decode, more cores would not help"
+    return f"{reads}: the processor's sums bound decode, not memory"
 
 
 def _curve(forecast: Forecast) -> Table:
@@ -100,6 +129,7 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         "prompt": forecast.prompt,
         "prefill_tps": asdict(forecast.prefill),
         "decode_tps": [{"depth": depth, **asdict(speed)} for depth, speed in forecast.decode.items()],
+        "prefill_by_ubatch_tps": dict(forecast.prefill_by_ubatch),
         "fixed_ns": forecast.fixed_ns,
         "layers_ns": dict(forecast.layers_ns),
         "experts_ns": forecast.experts_ns,
@@ -109,6 +139,7 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         "rounds": forecast.rounds,
         "elapsed_s": forecast.elapsed_s,
         "slice_bytes": forecast.slice_bytes,
+        "memory_bytes": forecast.memory_bytes,
         "slices": asdict(forecast.slices),
         "samples": dict(forecast.samples),
     }

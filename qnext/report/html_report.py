@@ -9,39 +9,33 @@ shown to others.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from qnext.hardware.redact import redact_machine, redact_text
 from qnext.plan.export import flag_lines
 from qnext.plan.values import CPU_REPACK
-from qnext.report.html_charts import Line, draw
 from qnext.report.html_figures import (
     CONTENDERS,
-    Figure,
     forecast_figure,
     latency_figure,
     over_knob,
     pareto_figure,
     percentile,
 )
+from qnext.report.html_page import drawings, legend, render_page
 from qnext.report.html_summary import (
     OBJECTIVES,
     ROLES,
     chosen_cell,
     comparisons_of,
     headline,
-    percent,
-    seconds,
     warning,
 )
-from qnext.report.words import digits, local_time, workload_words
+from qnext.report.words import local_time, workload_words
 
 if TYPE_CHECKING:
     from qnext.pipeline.sweep_results import CellResult
@@ -80,10 +74,6 @@ class Row:
 
 def html_report(sweep: StoredSweep, record: Record | None) -> str:
     """The page. `record`, of machine and engine, is any that the sweep left; None where it left none."""
-    import jinja2
-    from markupsafe import Markup
-
-    from qnext import __version__
     from qnext.pipeline.sweep_results import summarise_cells
     from qnext.pipeline.sweep_values import cell_from_dict, settings_from_dict
 
@@ -105,16 +95,8 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
         forecast_figure(results),
         latency_figure(_contenders(sweep, rows, name)),
     ]
-    page = files("qnext.report") / "page"
-    style, script = ((page / file).read_text(encoding="utf-8") for file in ("report.css", "report.js"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"digits": digits, "seconds": seconds, "size": _size, "percent": percent}
-    return environment.from_string((page / "report.html.j2").read_text(encoding="utf-8")).render(
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        version=__version__,
+    return render_page(
+        "report.html.j2",
         sweep=sweep,
         settings=settings,
         model=_model_name(sweep.model),
@@ -126,8 +108,8 @@ def html_report(sweep: StoredSweep, record: Record | None) -> str:
         chosen=chosen,
         comparisons=comparisons,
         commands=[] if chosen is None else _commands(sweep, settings, chosen.cell),
-        figures=[(figure, [Markup(draw(chart)) for chart in figure.charts]) for figure in figures],
-        legends=[_legend(figure) for figure in figures],
+        figures=[(figure, drawings(figure)) for figure in figures],
+        legends=[legend(figure) for figure in figures],
         front=[one for one in results if one.cell.name in front],
         rows=rows,
         statuses=[word for word in MEANINGS if any(row.result.status == word for row in rows)]
@@ -309,19 +291,3 @@ def _pairs(facts: Mapping[str, object] | None, unit: str = "") -> str | None:
         f"{name} {value:,}{unit}" if isinstance(value, int) and unit else f"{name} {value}"
         for name, value in facts.items()
     )
-
-
-def _legend(figure: Figure) -> list[Line]:
-    """All lines of the figure's charts, each name once."""
-    lines = {line.name: line for chart in figure.charts for line in chart.lines}
-    return sorted(lines.values(), key=lambda line: (line.colour, -line.dots))
-
-
-def _size(count: int | None) -> str:
-    from qnext.units import format_bytes
-
-    return "–" if count is None else format_bytes(count)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qnext.pipeline.sweep_values import Cell, RungSize, SweepSettings, cell_to_d
 from qnext.plan.values import Placement, Prediction, SpeedRange, Workload
 from qnext.report.html_report import html_report, run_words
 from qnext.store.sweeps import Measurement, StoredCell, StoredSweep, SweepStore
-from tests.browser import Browser, contrasts, find_chromium
+from tests.browser import Browser, contrasts
 from tests.conftest import Qnext
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
@@ -322,16 +322,6 @@ def test_the_command_writes_the_newest_sweep(qnext: Qnext, tmp_path: Path) -> No
     wrong = qnext("bench", "report", made.id[:4], "-o", str(tmp_path / "no" / "x.html"), env=environment)
     assert wrong.returncode == 2
     assert "cannot write" in wrong.stderr
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    running = Browser(program, tmp_path_factory.mktemp("chromium"))
-    yield running
-    running.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

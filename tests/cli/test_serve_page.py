@@ -23,7 +23,7 @@ import pytest
 from qnext.pipeline.serve_values import Refused, Unavailable
 from qnext.serve.app import make_app
 from qnext.serve.settings import ServeSettings
-from tests.browser import Browser, contrasts, find_chromium
+from tests.browser import Browser, contrasts
 from tests.said_server import HOSTILE, SaidBackend, serving
 
 pytestmark = pytest.mark.thorough
@@ -37,16 +37,6 @@ TOOLS = [
 @pytest.fixture
 def said() -> SaidBackend:
     return SaidBackend()
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    running = Browser(program, tmp_path_factory.mktemp("chromium"))
-    yield running
-    running.close()
 
 
 class Page:
@@ -131,7 +121,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def demo(chromium: Browser, qnext_home: Path) -> Iterator[str]:
+def demo(browser: Browser, qnext_home: Path) -> Iterator[str]:
     """The address of `qnext serve demo`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qnext", "serve", "demo", "--port", "0", "--json"],
@@ -161,8 +151,8 @@ def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
 
 
 @pytest.mark.engine
-def test_the_demo_answers_and_its_figures_are_shown(chromium: Browser, demo: str) -> None:
-    page = Page(chromium, demo)
+def test_the_demo_answers_and_its_figures_are_shown(browser: Browser, demo: str) -> None:
+    page = Page(browser, demo)
     assert page.ask("hello").startswith("Hello, this is qnext's built-in demo")
     assert "t/s" in page.text(".figures") and "39 tokens" in page.text(".figures")
     assert page.ask("and again?").startswith("Hello")
@@ -174,8 +164,8 @@ def test_the_demo_answers_and_its_figures_are_shown(chromium: Browser, demo: str
 
 
 @pytest.mark.engine
-def test_stop_frees_the_slot(chromium: Browser, demo: str) -> None:
-    page = Page(chromium, demo)
+def test_stop_frees_the_slot(browser: Browser, demo: str) -> None:
+    page = Page(browser, demo)
     page.write("word " * 5000)
     until(lambda: busy_slots(demo) == 1)
     page.wait("document.querySelector('#slots [data-busy=true]')")
@@ -189,9 +179,9 @@ def test_stop_frees_the_slot(chromium: Browser, demo: str) -> None:
 # What the demo does not do
 
 
-def test_thinking_is_open_while_it_lasts_and_folded_after_it(chromium: Browser, said: SaidBackend) -> None:
+def test_thinking_is_open_while_it_lasts_and_folded_after_it(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         page.look(
             """window.seen = []; new MutationObserver(() => {
                 const one = document.querySelector(".thinking");
@@ -212,9 +202,9 @@ def test_thinking_is_open_while_it_lasts_and_folded_after_it(chromium: Browser, 
         page.check_quiet()
 
 
-def test_what_a_model_or_a_person_writes_stays_text(chromium: Browser, said: SaidBackend) -> None:
+def test_what_a_model_or_a_person_writes_stays_text(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         shown = page.ask(f"hostile {HOSTILE}")
         assert shown.count(HOSTILE) == 3
         assert page.text(".question") == f"hostile {HOSTILE}"
@@ -224,9 +214,9 @@ def test_what_a_model_or_a_person_writes_stays_text(chromium: Browser, said: Sai
         assert page.look(blocked) == "TypeError"
 
 
-def test_calls_are_shown_and_their_results_sent(chromium: Browser, said: SaidBackend) -> None:
+def test_calls_are_shown_and_their_results_sent(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         page.wait("!document.getElementById('tools-field').hidden")
         page.fill("tools", json.dumps(TOOLS))
         page.fill("system", "Be brief.")
@@ -245,9 +235,9 @@ def test_calls_are_shown_and_their_results_sent(chromium: Browser, said: SaidBac
         assert page.look("document.getElementById('text').value") == "more"
 
 
-def test_escape_stops_and_keeps_what_was_said(chromium: Browser, said: SaidBackend) -> None:
+def test_escape_stops_and_keeps_what_was_said(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         page.write("endless")
         page.wait("document.querySelector('.said').innerText.length > 20")
         assert page.look("document.getElementById('send').hidden")
@@ -256,20 +246,20 @@ def test_escape_stops_and_keeps_what_was_said(chromium: Browser, said: SaidBacke
         until(lambda: said.open == 0, 3)
         assert page.text(".answer .end") == "You stopped it here."
         page.look("document.getElementById('text').focus()")
-        chromium.send("Input.insertText", text="one")
+        browser.send("Input.insertText", text="one")
         page.press("Enter", shift=True)
         page.ask("two")
         assert " on on<|user|>one\ntwo<|assistant|>" in said.prompts[-1]
         page.click("#new")
         page.ask("fresh")
         assert "fresh" in said.prompts[-1] and "endless" not in said.prompts[-1]
-        Page(chromium, url)
+        Page(browser, url)
         assert page.look("document.querySelectorAll('article').length") == 0
 
 
-def test_retry_after_is_kept_and_errors_are_words(chromium: Browser, said: SaidBackend) -> None:
+def test_retry_after_is_kept_and_errors_are_words(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         said.refusals = [Unavailable("the engine starts again", 1.0)]
         began = time.monotonic()
         page.write("hello")
@@ -294,9 +284,9 @@ def test_retry_after_is_kept_and_errors_are_words(chromium: Browser, said: SaidB
     page.wait("document.querySelector('#log .failed [role=alert]')?.innerText.includes('cannot be reached')")
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(chromium: Browser, said: SaidBackend) -> None:
+def test_a_key_is_asked_for_where_the_server_wants_one(browser: Browser, said: SaidBackend) -> None:
     with serving(said, api_keys=("right key",)) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         page.wait("!document.getElementById('key').hidden")
 
         def give(key: str) -> None:
@@ -317,9 +307,9 @@ WIDER = """[...document.querySelectorAll("body *")].filter((one) => one.tagName 
   one.scrollWidth > one.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(one).overflowX))"""
 
 
-def test_it_is_readable_at_any_width_and_scheme(chromium: Browser, said: SaidBackend) -> None:
+def test_it_is_readable_at_any_width_and_scheme(browser: Browser, said: SaidBackend) -> None:
     with serving(said) as url:
-        page = Page(chromium, url)
+        page = Page(browser, url)
         page.wait("!document.getElementById('tools-field').hidden")
         page.fill("tools", json.dumps(TOOLS))
         page.ask("think")

@@ -66,11 +66,7 @@ def test_slices_of_two_sizes_are_models_that_share_their_data(tmp_path: Path) ->
             assert (tensor.shape, tensor.type_name) == types[name]
     assert written.few_path is not None
     fewer = read_shape(read_header(written.few_path))
-    assert (fewer.n_layer, fewer.experts_used, shape.experts_used) == (
-        4,
-        written.few_experts,
-        2 * fewer.experts_used,
-    )
+    assert (fewer.n_layer, fewer.experts_used) == (4, 1) and shape.experts_used > 1
     data = sorted(written.paths[4].parent.glob("data-*.gguf"))
     assert [file.stat().st_nlink for file in data] == [4, 2]
     assert told and told[-1][0] <= told[-1][1]

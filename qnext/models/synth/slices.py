@@ -4,7 +4,7 @@ What a layer costs does not depend on what its weights say, so a few layers tell
 Slices of several sizes share their data: the file is a split GGUF (llama.cpp's own format for large models)
 whose first shard has no tensors, the second the embedding, the head and the smallest slice's layers, each
 further one the layers that the next size has more. So eight layers and four take the disk space of eight.
-The smallest slice can also be opened as a model that uses half as many experts: what it takes less is theirs.
+The smallest slice can also be opened as a model that uses one expert per token: what it takes less is theirs.
 
 Layers come in whole periods of the architecture (three of DeltaNet and one of attention for Qwen3-Next), as
 llama.cpp tells their kind by their position. Those are taken whose sizes are nearest to the mean: quants give
@@ -34,6 +34,8 @@ from qnext.models.synth.writer import I32, U16, Buffer, Layout, MetaValue, Tenso
 from qnext.units import format_bytes
 
 FAMILIES = frozenset(shape.arch for shape in SHAPES.values())
+FEW = 1
+"""Experts per token of the slice that uses few."""
 KEPT, IN_USE_S = 2, 3600.0
 """Models whose slices are kept; those used within so many seconds in any case."""
 
@@ -48,11 +50,10 @@ class Slices:
 
 @dataclass(frozen=True, slots=True)
 class WrittenSlices:
-    """What to open: by number of layers, and the smallest with `few_experts` per token (None: no experts)."""
+    """What to open: by number of layers, and the smallest with one expert per token (None: has no more)."""
 
     paths: dict[int, Path]
     few_path: Path | None
-    few_experts: int
 
 
 def layer_period(shape: ModelShape) -> int:
@@ -133,16 +134,16 @@ def write_slices(
     layouts = slice_layouts(header, shape, slices)
     total = sum(layout.file_bytes for layout in layouts)
     place = folder / slices_key(header, slices)
-    few = shape.experts_used // 2
+    few = shape.experts_used > FEW
     openings = [
         _Opening(f"{size}-layers", size, index + 1, shape.experts_used)
         for index, size in enumerate(slices.sizes)
     ]
     if few:
-        openings.append(_Opening("few-experts", slices.sizes[0], 1, few))
+        openings.append(_Opening("few-experts", slices.sizes[0], 1, FEW))
     paths = [place / f"{one.name}-{_of(1, one.shards + 1)}" for one in openings]
     by_size = dict(zip(slices.sizes, paths, strict=False))
-    written = WrittenSlices(by_size, paths[-1] if few else None, few)
+    written = WrittenSlices(by_size, paths[-1] if few else None)
     if _are_whole(place, layouts):
         os.utime(place)
         return written
@@ -173,23 +174,29 @@ def write_slices(
             weights = Weights(layout.tensors, quantizer, seed=number)
             write_file(Path(part) / _data_name(number), layout, counted(weights))
         for one, path in zip(openings, paths, strict=True):
-            shards = layouts[: one.shards]
             metadata = _metadata(header, slices.layers[: one.layers])
-            if few:
+            if shape.experts_used:
                 metadata[f"{shape.arch}.expert_used_count"] = one.experts_used
-            counts: dict[str, MetaValue] = {
-                "split.no": U16(0),
-                "split.count": U16(len(shards) + 1),
-                "split.tensors.count": I32(sum(len(layout.tensors) for layout in shards)),
-            }
-            write_file(Path(part) / path.name, lay_out(metadata | counts, []), None)
-            for number in range(len(shards)):
-                link = f"{one.name}-{_of(number + 2, len(shards) + 1)}"
-                os.link(Path(part) / _data_name(number), Path(part) / link)
+            _link(Path(part), one, path.name, metadata, layouts)
         with contextlib.suppress(OSError):  # another forecast of the model was first
             Path(part).rename(place)
             Path(part).mkdir()  # for who deletes it
     return written
+
+
+def _link(
+    folder: Path, one: _Opening, name: str, metadata: dict[str, MetaValue], layouts: Sequence[Layout]
+) -> None:
+    """Write the shard that is opened, and put the data beside it under the names that llama.cpp looks for."""
+    count = one.shards + 1
+    counts: dict[str, MetaValue] = {
+        "split.no": U16(0),
+        "split.count": U16(count),
+        "split.tensors.count": I32(sum(len(layout.tensors) for layout in layouts[: one.shards])),
+    }
+    write_file(folder / name, lay_out(metadata | counts, []), None)
+    for number in range(one.shards):
+        os.link(folder / _data_name(number), folder / f"{one.name}-{_of(number + 2, count)}")
 
 
 def _data_name(number: int) -> str:
@@ -232,7 +239,7 @@ def _is_being_written(part: Path) -> bool:
 def slices_key(header: ModelHeader, slices: Slices) -> str:
     """Names the slices of a header: the same tensors and layers give the same name."""
     kinds = [(tensor.name, tensor.shape, tensor.type_name) for tensor in header.tensors]
-    text = repr((kinds, slices, sorted(_metadata(header, slices.layers).items())))
+    text = repr((kinds, slices, FEW, sorted(_metadata(header, slices.layers).items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
