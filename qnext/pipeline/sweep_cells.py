@@ -15,7 +15,6 @@ from itertools import product
 
 from qnext.bench.knob_model import Level
 from qnext.errors import UsageError
-from qnext.models.shape import layer_of
 from qnext.pipeline.planning import PlannedModel
 from qnext.pipeline.sweep_levels import Levels, cache_word
 from qnext.pipeline.sweep_values import (
@@ -28,8 +27,7 @@ from qnext.pipeline.sweep_values import (
 from qnext.plan.choice import choose_placement
 from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.options import RepackPolicy
-from qnext.plan.overrides import repack_overrides
-from qnext.plan.placement import check_placement, on_cpu
+from qnext.plan.placement import check_placement, on_cpu, with_layout
 from qnext.plan.turn import forecast
 from qnext.plan.values import HOST, MODEL_FIELDS, Override, Placement
 from qnext.units import format_bytes
@@ -202,15 +200,7 @@ class _Maker:
             options = replace(problem.options, repack=_policy(layout))
             placement = on_cpu(replace(problem, options=options), plan)
         else:
-            bare = tuple(rule for rule in plan.overrides if rule.buffer != "CPU_REPACK")
-            placement = replace(plan, extra_buffers=layout == "full", overrides=bare)
-            if layout == "experts":
-                inside = set(plan.cpu_expert_layers)
-                tensors = [one for one in problem.header.tensors if layer_of(one.name) in inside]
-                rules = repack_overrides(
-                    replace(problem.header, tensors=tuple(tensors)), problem.traits[HOST]
-                )
-                placement = replace(placement, overrides=(*rules, *bare))
+            placement = with_layout(problem, plan, _policy(layout))
         if _identity(placement, {}) == _identity(plan, {}):
             return
         because = self._crashes.get(layout, "")

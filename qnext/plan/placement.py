@@ -16,15 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qnext.models.header import ModelHeader
-from qnext.models.shape import ModelShape
+from qnext.models.shape import ModelShape, layer_of
 from qnext.plan.expert_rules import expert_pattern
 from qnext.plan.memory import MemoryPlan, plan_memory
-from qnext.plan.options import PlanOptions
+from qnext.plan.options import PlanOptions, RepackPolicy
 from qnext.plan.overrides import checked_overrides, repack_overrides
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.split import deal_layers, layer_costs
 from qnext.plan.traits import DeviceTraits
-from qnext.plan.values import HOST, Budget, Override, Placement
+from qnext.plan.values import CPU_REPACK, HOST, Budget, Override, Placement
 from qnext.plan.weights import layer_devices
 
 ALL_LAYERS = 999
@@ -68,6 +68,10 @@ class Problem:
     def used(self, placement: Placement) -> list[DeviceTraits]:
         """Traits of the devices that a placement uses, in its order."""
         return [self.traits[name] for name in placement.devices]
+
+    def may_repack(self, placement: Placement) -> bool:
+        """Whether the CPU's weights may be laid out anew: no GPU wants to read them as they are."""
+        return all(device.kind == "rpc" for device in self.used(placement))
 
     def offload_devices(self) -> tuple[str, ...]:
         """Names of the devices beside the host that have any room."""
@@ -134,7 +138,29 @@ def find_placement(problem: Problem, base: Placement) -> Placed:
     forced = options.cpu_experts is not None or options.overrides or options.n_gpu_layers is not None
     if not tried[-1].gpus_fit and not forced:
         tried.append(check_placement(problem, on_cpu(problem, base)))
-    return min(tried, key=lambda placed: sum(placed.missing.values()))
+    best = min(tried, key=lambda placed: sum(placed.missing.values()))
+    repacked = any(rule.buffer == CPU_REPACK for rule in options.overrides)
+    if best.placement.devices and problem.may_repack(best.placement) and not repacked:
+        laid_out = check_placement(problem, with_layout(problem, best.placement, options.repack))
+        return laid_out if laid_out.fits or not best.fits else best
+    return best
+
+
+def with_layout(problem: Problem, placement: Placement, layout: RepackPolicy) -> Placement:
+    """A placement with devices, the CPU's weights laid out as `layout` says.
+
+    That is for devices without pinned memory which do no work for the CPU's weights (RPC). A GPU multiplies
+    those of long prompts itself, and can copy them in the file's layout only.
+    """
+    bare = tuple(rule for rule in placement.overrides if rule.buffer != CPU_REPACK)
+    placement = replace(placement, extra_buffers=layout == "full", overrides=bare)
+    if layout != "experts":
+        return placement
+    inside = set(placement.cpu_expert_layers)
+    tensors = tuple(one for one in problem.header.tensors if layer_of(one.name) in inside)
+    rules = repack_overrides(replace(problem.header, tensors=tensors), problem.traits[HOST])
+    users = len(problem.options.overrides)
+    return replace(placement, overrides=(*bare[:users], *rules, *bare[users:]))
 
 
 def on_cpu(problem: Problem, base: Placement) -> Placement:

@@ -47,7 +47,7 @@ def plan_reasons(problem: Problem, placed: Placed, caches: HostCaches) -> list[R
                 },
             )
         )
-    if not placement.devices:
+    if problem.may_repack(placement):
         reason = _REPACK_REASONS[options.repack]
         reasons.append(replace(reason, because="asked for with --repack") if options.repack_asked else reason)
     if problem.shape.n_layer_nextn and not placement.load_mtp and placed.fits:

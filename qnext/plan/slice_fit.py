@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
 from qnext.models.shape import ModelShape, is_expert, layer_of
@@ -121,11 +121,21 @@ def forecast_whole(rounds: Sequence[Sequence[float]], weights: Sequence[float]) 
     middle, error = median_with_error(values)
     if middle <= 0:
         raise ValueError("the larger slice was not slower than the smaller one")
-    return SliceForecast(middle, math.hypot(MODEL_ERROR, error / middle))
+    return SliceForecast(middle, math.hypot(MODEL_ERROR, error / middle, unevenness(rounds)))
+
+
+def unevenness(rounds: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of the logarithm of a slice's own times: what runs at other moments differ by."""
+    arms = [[math.log(ns) for ns in arm] for arm in zip(*rounds, strict=True)]
+    return fmean(_deviation(arm) for arm in arms)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation by the median deviation: a few values may be disturbed."""
+    middle = median(values)
+    return 1.4826 * median(abs(value - middle) for value in values)
 
 
 def median_with_error(values: Sequence[float]) -> tuple[float, float]:
-    """The median and its standard deviation, by the median deviation: a few values may be disturbed."""
-    middle = median(values)
-    deviation = 1.4826 * median(abs(value - middle) for value in values)
-    return middle, 1.25 * deviation / math.sqrt(len(values))
+    """The median, and its standard deviation."""
+    return median(values), 1.25 * _deviation(values) / math.sqrt(len(values))
