@@ -126,7 +126,7 @@ def run_forecast(request: Request, paths: Paths, notice: Notice, watch: Forecast
         slices,
         slices_dir(paths),
         quantizer=quantise_rows,
-        progress=None if watch.on_write is None else lambda done, total: watch.on_write(done / total),  # type: ignore[misc]
+        progress=watch.on_write,
     )
     arms = _arms(request, planned, found.paths)
     few = None

@@ -103,7 +103,13 @@ class _Loaded:
         return self._models[arm]
 
     def _open(self, arm: Arm) -> RunningModel:
-        return RunningModel(arm.request, self._paths, self._notice, self._on_load, planner=plan_model)
+        model = RunningModel(arm.request, self._paths, self._notice, self._on_load, planner=plan_model)
+        try:
+            _time(model, PROMPT, 0, seed=0, warmup=False)  # touches every page
+        except BaseException:
+            model.close()
+            raise
+        return model
 
     def close(self) -> None:
         for model in self._models.values():
@@ -121,12 +127,13 @@ def measure_slices(
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
     loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
     parts: dict[Test, list[Features]] = {"decode": [], "prefill": []}
+    for arm in arms:
+        planned = plan_model(arm.request, paths, notice)
+        for test in parts:
+            parts[test].append(features_planned(planned, test))
     with contextlib.closing(loaded):
-        for arm in arms:
-            planned = loaded.get(arm).planned
-            for test in parts:
-                parts[test].append(features_planned(planned, test))
-            _time(loaded.get(arm), PROMPT, 0, seed=0, warmup=False)  # touches every page
+        for arm in () if loaded.alone else arms:
+            loaded.get(arm)
         began, number = time.monotonic(), 0
         repeats = REPEATS_ALONE if loaded.alone else 1
         while not (
@@ -134,7 +141,8 @@ def measure_slices(
         ):
             if watch.on_round is not None:
                 watch.on_round(number + 1, max(number + 1, USUAL_ROUNDS))
-            for test, rows in _measure_round(loaded, arms if number // repeats % 2 else arms[::-1], number):
+            order = arms[::-1] if number // repeats % 2 else arms  # back to the first, which is used again
+            for test, rows in _measure_round(loaded, order, number):
                 measured.rounds[test] += [[row[arm] for arm in arms] for row in rows]
             number += repeats
         smallest = loaded.get(arms[0])

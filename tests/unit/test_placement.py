@@ -298,7 +298,9 @@ def test_beside_rpc_devices_alone_the_cpus_weights_are_repacked() -> None:
     assert (full.extra_buffers, experts.extra_buffers, off.extra_buffers) == (True, False, False)
     assert [rule.buffer for rule in experts.overrides][-2:] == [CPU_REPACK, HOST]
     assert off.overrides == full.overrides == experts.overrides[-1:]
-    with_gpu = search(problem("tiny-qwen3moe", {"RPC0": 12 * MIB, "CUDA0": 12 * MIB}, repack="full")).placement
+    with_gpu = search(
+        problem("tiny-qwen3moe", {"RPC0": 12 * MIB, "CUDA0": 12 * MIB}, repack="full")
+    ).placement
     assert not with_gpu.extra_buffers
 
 

@@ -21,7 +21,7 @@ from qnext.pipeline.planning import PlannedModel, plan_model
 from qnext.pipeline.recording import new_record
 from qnext.pipeline.recording import test_result as finished_test
 from qnext.pipeline.request import Request
-from qnext.pipeline.speed_memory import recall_speeds, remember_speeds
+from qnext.pipeline.speed_memory import recall_speeds, remember_slices, remember_speeds
 from qnext.plan.kernels import DATA_DIGEST, DECODE_RANGE, DECODE_SPREAD, HISTORY_DIGEST
 from qnext.plan.speed import MachineSpeeds
 from qnext.plan.speed_history import NOTHING_LEARNT, Learnt, SpeedTest, forecast_range, learn
@@ -166,6 +166,19 @@ def test_a_measured_speed_is_the_next_forecast_and_the_range_narrows(
     assert after.decode_tps is not None and before.decode_tps is not None
     assert after.decode_tps.high / after.decode_tps.low < 1.5 < before.decode_tps.high / before.decode_tps.low
     assert after.prefill_tps == before.prefill_tps  # nothing was measured of it
+
+
+def test_what_slices_said_is_the_next_forecast_until_the_model_itself_was_measured(
+    planned: PlannedModel, paths: Paths
+) -> None:
+    raw = again(planned, paths)
+    said = {Workload(0, 8, 0): decode(raw) / 2, Workload(256, 0, 0): 100.0}
+    remember_slices(said, planned, BUILD, paths)
+    sliced = again(planned, paths)
+    assert (raw.source, sliced.source) == ("roofline", "slice")
+    assert decode(sliced) == pytest.approx(decode(raw) / 2, rel=0.2)
+    remember_speeds(record(planned), planned, BUILD, paths)
+    assert again(planned, paths).source == "history"
 
 
 def test_corrections_do_not_compound(planned: PlannedModel, paths: Paths) -> None:

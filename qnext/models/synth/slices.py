@@ -123,11 +123,11 @@ def write_slices(
     folder: Path,
     *,
     quantizer: Quantizer | None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> WrittenSlices:
     """Write the slices below `folder`, or find them there.
 
-    `progress` gets bytes written and in all. They come into their place when complete. What a killed call
+    `progress` gets the share written. They come into their place when complete. What a killed call
     left behind is deleted, and so are the slices of other models that were not used lately.
     Raises ModelError where the disk lacks room, EngineError without what quantises.
     """
@@ -165,7 +165,7 @@ def write_slices(
                 yield piece
                 done += len(piece)
                 if progress is not None:
-                    progress(done, total)
+                    progress(done / total)
 
         return pieces
 
