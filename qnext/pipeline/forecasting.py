@@ -79,7 +79,7 @@ class Forecast:
     device. `fixed_ns` and `layers_ns` are a token's time in parts, `experts_ns` what routed experts have of
     the latter, None where that was not measured. `ram_share` is what a token reads in its time over the RAM's
     measured bandwidth, None where devices have a part. `memory_bytes` is what the plans of all slices in
-    memory at once add up to. `samples` are all that was measured.
+    memory at once add up to, with their programs. `samples` are all that was measured.
     """
 
     planned: PlannedModel

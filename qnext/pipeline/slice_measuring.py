@@ -21,6 +21,7 @@ from qnext.plan.placement import Problem
 from qnext.plan.slice_fit import Features, Test, features_of
 from qnext.plan.turn import place_tensors
 from qnext.plan.values import Placement
+from qnext.units import MIB
 
 LEAST_ROUNDS, USUAL_ROUNDS, MOST_ROUNDS = 5, 9, 60
 LEAST_SECONDS, SECONDS = 10.0, 100.0
@@ -35,6 +36,8 @@ DEPTH = 2048
 UBATCHES = 128, 256, 512, 1024, 2048, 4096
 UBATCH_SECONDS = 5.0
 """Sizes of a batch that a prompt is measured with, as long as one takes no longer than this."""
+PROGRAM_BYTES = 64 * MIB
+"""What a process takes beside its model, at most: the interpreter and the engine's library."""
 PAIRS = 8
 """How often depth and experts are measured, each time beside the usual."""
 
@@ -63,7 +66,7 @@ class Measured:
     `shallow` and `deep` are pairs at depth 0 and at DEPTH, of the smallest with few experts per token;
     `fewer` and `usual` are pairs of it and of the smallest as it is, none where only one can be loaded.
     `ubatch` is what a prompt takes in the smallest, by its batch. `memory_bytes` is what the plans of all
-    slices in memory at once add up to.
+    slices in memory at once add up to, and their programs.
     """
 
     rounds: dict[Test, list[list[float]]] = field(default_factory=dict)
@@ -99,7 +102,7 @@ class _Loaded:
                 self._models[arm] = self._open(arm)
             plans = [model.planned.plan for model in self._models.values()]
             planned = sum(device.total_bytes for plan in plans for device in plan.devices)
-            self.most_bytes = max(self.most_bytes, planned)
+            self.most_bytes = max(self.most_bytes, planned + PROGRAM_BYTES * (1 + len(plans)))
         return self._models[arm]
 
     def _open(self, arm: Arm) -> RunningModel:
