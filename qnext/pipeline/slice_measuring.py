@@ -24,7 +24,7 @@ from qnext.plan.values import Placement
 from qnext.units import MIB
 
 LEAST_ROUNDS, USUAL_ROUNDS, MOST_ROUNDS = 5, 9, 60
-LEAST_SECONDS, SECONDS = 10.0, 100.0
+LEAST_SECONDS, SECONDS = 10.0, 75.0
 """Rounds go on until they are USUAL_ROUNDS and have taken LEAST_SECONDS, or until SECONDS are over."""
 VISITS_ALONE, REPEATS_ALONE = 2, 4
 """Where only one slice can be loaded at a time: loads of each, there and back, and rounds in each of them."""
