@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import psutil
 
 from claims import CannotMeasure
-from claims._turns import give_turn, running_ns, send_signal
+from claims._turns import in_turns, running_ns
 from qnext.pipeline.sweep_engine import SweepEngine
 from qnext.pipeline.sweep_setup import Prepared
 from qnext.pipeline.sweep_values import Cell, RungSize
@@ -98,29 +97,18 @@ def measure_duel(one: Duellist, other: Duellist, *, count: int) -> tuple[list[in
     sides = (one, other)
     with ExitStack() as stack:
         engines = [stack.enter_context(_engine(side.prepared)) for side in sides]
-        pool = stack.enter_context(ThreadPoolExecutor(len(sides)))
         for side, engine in zip(sides, engines, strict=True):
             there = children()
             _turn_of(side, engine, 0)
             side.members = [*(child for child in children() if child not in there), *side.helpers]
             side.spans.clear()
-        everyone = [member for side in sides for member in side.members]
-        stack.callback(send_signal, everyone, signal.SIGCONT)
         for number in range(1, count + 1):
-            send_signal(everyone, signal.SIGSTOP)
-            asked: list[Future[None]] = [
-                pool.submit(_turn_of, side, engine, number)
-                for side, engine in zip(sides, engines, strict=True)
+            work = [
+                partial(_turn_of, side, engine, number) for side, engine in zip(sides, engines, strict=True)
             ]
-            try:
-                while not all(future.done() for future in asked):
-                    for side, future in zip(sides, asked, strict=True):
-                        if not future.done():
-                            side.turns.append(give_turn(side.members))
-            finally:
-                send_signal(everyone, signal.SIGCONT)
-            for future in asked:
-                future.result()
+            turns = in_turns([side.members for side in sides], work)
+            for side, taken in zip(sides, turns, strict=True):
+                side.turns += taken
     first, second = ([running_ns(side.turns, began, ended) for began, ended in side.spans] for side in sides)
     return first, second
 

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -117,6 +118,30 @@ def take_turns(first: Side, second: Side, folder: Path) -> tuple[Samples, Sample
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, list(side.argv))
     return _shared(sides)
+
+
+def in_turns(
+    members: Sequence[Sequence[psutil.Process]], work: Sequence[Callable[[], object]]
+) -> list[list[tuple[int, int]]]:
+    """Do all of `work` at once, each while its own members run and the others' are stopped; turns of each.
+
+    Raises what the work raises, when all of it is over. Afterwards everyone runs.
+    """
+    everyone = [member for each in members for member in each]
+    turns: list[list[tuple[int, int]]] = [[] for _ in members]
+    with ThreadPoolExecutor(len(work)) as pool:
+        send_signal(everyone, signal.SIGSTOP)
+        asked = [pool.submit(one) for one in work]
+        try:
+            while not all(future.done() for future in asked):
+                for side, future in enumerate(asked):
+                    if not future.done():
+                        turns[side].append(give_turn(members[side]))
+        finally:
+            send_signal(everyone, signal.SIGCONT)
+        for future in asked:
+            future.result()
+    return turns
 
 
 def give_turn(members: Sequence[psutil.Process]) -> tuple[int, int]:

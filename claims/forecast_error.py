@@ -13,17 +13,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ import psutil
 from claims import ROOT, CannotMeasure, Figure, claim
 from claims._cells import say
 from claims._slice import run_qnext
-from claims._turns import give_turn, running_ns, send_signal
+from claims._turns import in_turns, running_ns
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.engine.rpc import RpcWorker
@@ -72,7 +70,7 @@ class Case:
         return f"{self.shape} {self.quant}, {self.layers} layers"
 
 
-NEXT_Q4 = Case(NEXT, "Q4_K_M", 16, 30 << 30, 0)
+NEXT_Q4 = Case(NEXT, "Q4_K_M", 16, 30 << 30, 1)
 MOE_Q8 = Case(MOE, "Q8_0", 16, 20 << 30, 2)
 """Sixteen layers of Qwen3-Next in Q8_0 would be 28 GB, more than the machine has."""
 OTHERS = Case(MOE, "Q4_K_M", 12, 12 << 30, 1), Case(OSS, "MXFP4_MOE", 12, 16 << 30, 1)
@@ -259,7 +257,6 @@ def _ratios(
             running = RunningModel(replace(request, model=str(path)), paths, say, planner=plan_model)
             models.append(stack.enter_context(running))
             members.append([child for child in children() if child not in there])
-        stack.callback(send_signal, [one for each in members for one in each], signal.SIGCONT)
         ratios = []
         for number in range(ROUNDS + 1):
             small_ns, large_ns = _by_turns(models, members, test, number)
@@ -275,7 +272,6 @@ def _by_turns(
     """Ns per token of each: the median of its runs until the time is over, its own turns alone counted."""
     prompt, generate = (PROMPT, 0) if test == "prefill" else (0, PAIRED_GENERATE)
     deadline = time.monotonic() + SECONDS[test]
-    turns: list[list[tuple[int, int]]] = [[] for _ in models]
     runs: list[list[tuple[int, int]]] = [[] for _ in models]
 
     def run(side: int) -> None:
@@ -287,19 +283,7 @@ def _by_turns(
                 pass
             runs[side].append((began, time.monotonic_ns()))
 
-    everyone = [one for each in members for one in each]
-    with ThreadPoolExecutor(len(models)) as pool:
-        send_signal(everyone, signal.SIGSTOP)
-        asked = [pool.submit(run, side) for side in range(len(models))]
-        try:
-            while not all(future.done() for future in asked):
-                for side, future in enumerate(asked):
-                    if not future.done():
-                        turns[side].append(give_turn(members[side]))
-        finally:
-            send_signal(everyone, signal.SIGCONT)
-        for future in asked:
-            future.result()
+    turns = in_turns(members, [partial(run, side) for side in range(len(models))])
     return [
         statistics.median(running_ns(turns[side], *one) for one in runs[side]) / (prompt + generate)
         for side in range(len(models))

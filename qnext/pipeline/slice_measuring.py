@@ -84,8 +84,14 @@ class _Loaded:
     def __init__(self, paths: Paths, notice: Notice, on_load: Callable[[float], None] | None) -> None:
         self._paths, self._notice, self._on_load = paths, notice, on_load
         self._models: dict[Arm, RunningModel] = {}
+        self.planned: dict[Arm, PlannedModel] = {}
         self.alone = False
         self.most_bytes = 0
+
+    @property
+    def repeats(self) -> int:
+        """Rounds in each visit of an arm."""
+        return REPEATS_ALONE if self.alone else 1
 
     def get(self, arm: Arm) -> RunningModel:
         """The arm's model, loaded now if it is not."""
@@ -100,6 +106,7 @@ class _Loaded:
                 self.alone = True
                 self.close()
                 self._models[arm] = self._open(arm)
+            self.planned[arm] = self._models[arm].planned
             plans = [model.planned.plan for model in self._models.values()]
             planned = sum(device.total_bytes for plan in plans for device in plan.devices)
             self.most_bytes = max(self.most_bytes, planned + PROGRAM_BYTES * (1 + len(plans)))
@@ -129,16 +136,10 @@ def measure_slices(
     """
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
     loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
-    parts: dict[Test, list[Features]] = {"decode": [], "prefill": []}
-    for arm in arms:
-        planned = plan_model(arm.request, paths, notice)
-        for test in parts:
-            parts[test].append(features_planned(planned, test))
     with contextlib.closing(loaded):
         for arm in () if loaded.alone else arms:
             loaded.get(arm)
-        began, number = time.monotonic(), 0
-        repeats = REPEATS_ALONE if loaded.alone else 1
+        began, number, repeats = time.monotonic(), 0, loaded.repeats
         while not (
             number >= VISITS_ALONE * repeats if loaded.alone else _enough(number, time.monotonic() - began)
         ):
@@ -157,6 +158,9 @@ def measure_slices(
                 measured.fewer.append(_time(model, 0, GENERATE, seed=seed) / GENERATE)
                 measured.usual.append(_time(smallest, 0, GENERATE, seed=seed) / GENERATE)
         measured.memory_bytes = loaded.most_bytes
+    parts: dict[Test, list[Features]] = {
+        test: [features_planned(loaded.planned[arm], test) for arm in arms] for test in measured.rounds
+    }
     return measured, parts
 
 
@@ -164,10 +168,9 @@ def _measure_round(
     loaded: _Loaded, arms: Sequence[Arm], number: int
 ) -> Iterable[tuple[Test, list[dict[Arm, float]]]]:
     """Rows with a time for each arm: those of a row near each other where all arms are in memory."""
-    repeats = REPEATS_ALONE if loaded.alone else 1
     rows: dict[Test, list[dict[Arm, float]]] = {
-        "prefill": [{} for _ in range(repeats)],
-        "decode": [{} for _ in range(PIECES * repeats)],
+        "prefill": [{} for _ in range(loaded.repeats)],
+        "decode": [{} for _ in range(PIECES * loaded.repeats)],
     }
     steps = [(test, again) for test, each in rows.items() for again in range(len(each))]
     turns = product(arms, steps) if loaded.alone else ((arm, step) for step in steps for arm in arms)
