@@ -79,6 +79,7 @@ class Machine:
                     knobs={"threads": t, "ubatch": u, "n_cpu_moe": n, "kv": k},
                     predicted_s=(middle * 0.75, middle, middle * 1.3),
                     demands={"gpu_layers": -n, "ubatch": u, "kv": 2.0 if k == "f16" else 1.06},
+                    host_bytes=1,
                 )
             )
         fitting = [arm for arm in arms if arm.name not in self.bad]
@@ -126,11 +127,14 @@ class Finish:
     result: Result
 
 
-def run_race(seed: int, *, equal: bool = False, tamper: Callable[[Machine], None] | None = None) -> Finish:
+def run_race(
+    seed: int, *, equal: bool = False, tamper: Callable[[Machine], None] | None = None, room: int = 0
+) -> Finish:
+    """`room`: how many models may be loaded at once beyond none."""
     machine = Machine(seed, equal=equal)
     if tamper:
         tamper(machine)
-    race = Race(machine.arms, seconds=machine.budget_s, seed=seed)
+    race = Race(machine.arms, seconds=machine.budget_s, seed=seed, room=room)
     while (step := race.next()) is not None:
         race.observe(step, machine.measure(step))
     result = race.result()

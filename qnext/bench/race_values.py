@@ -28,6 +28,7 @@ class Arm:
     `predicted_s` is the time of a turn as (low, mid, high) with 90 % between. `knobs` names every level that
     may matter, placement included. `demands` grow with the memory needed, knob by knob: experts on the GPU,
     ubatch, bytes per cached value. A `baseline` is measured whatever is predicted, and wins unless beaten.
+    `host_bytes` is what its model takes of the RAM once loaded.
     """
 
     name: str
@@ -37,17 +38,22 @@ class Arm:
     predicted_s: tuple[float, float, float]
     demands: Mapping[str, float] = field(default_factory=dict)
     baseline: bool = False
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Measure `arm` once, a few tokens (`short`) or a turn (`full`); `load`: load its group first."""
+    """Measure `arm` once, a few tokens (`short`) or a turn (`full`).
+
+    `load`: load its group first, and let go of all loaded groups that are not in `keep`.
+    """
 
     number: int
     arm: str
     group: str
     rung: Rung
     load: bool
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ def excluded_arms(
 ) -> dict[int, tuple[str, str]]:
     """(word, reason) for each arm, by index, that failed or that a failure speaks against.
 
-    Without `guess` two dead engines prove nothing yet: every arm whose memory may do is to be tried.
+    Without `guess`, and for baselines, dead engines prove nothing: every arm whose memory may do is tried.
     """
     out: dict[int, tuple[str, str]] = {i: (status, "it was tried") for i, status in failed.items()}
     full = [arms[i] for i, status in failed.items() if status == "out-of-memory" and arms[i].demands]
@@ -141,7 +147,7 @@ def excluded_arms(
             ):
                 out[i] = ("does-not-fit", f"{other.name} needs no more and ran out of memory")
         for levels in deadly:
-            if levels <= _levels(arm):
+            if levels <= _levels(arm) and not arm.baseline:
                 what = " and ".join(f"{knob} {level}" for knob, level in sorted(levels, key=str))
                 out[i] = ("crashed", f"the engine died again and again with {what}, and never ran with it")
     return out

@@ -269,6 +269,7 @@ class _Maker:
             environment=base.environment,
             status=status,
             because=because,
+            host_bytes=next((device.total_bytes for device in devices if device.name == HOST), 0),
         )
 
     def _knobs(self, base: _Base, placement: Placement) -> dict[str, Level]:

@@ -1,8 +1,9 @@
 """Measures one cell: the engine brought to its state, a turn of text that no cache has seen, what came of it.
 
-A child lives as long as its weights are wanted: a cell with other threads, ubatch, cache or flash attention
-gets a new context on the loaded model. Whatever the engine does, dying included, becomes a status with a
-reason; only what no other cell could survive (an RPC worker that went away, a missing model) is raised.
+A child lives as long as its weights are wanted, beside another where both have room: a cell with other
+threads, ubatch, cache or flash attention gets a new context on the loaded model. Whatever the engine does,
+dying included, becomes a status with a reason; only what no other cell could survive (an RPC worker that went
+away, a missing model) is raised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, cast
 
@@ -59,6 +60,14 @@ def race_status(status: str) -> RaceStatus:
     return "too-slow" if status == "confounded" else cast(RaceStatus, status)
 
 
+@dataclass(slots=True)
+class _Loaded:
+    """A child with weights in memory, and the cell whose context is active there."""
+
+    session: EngineSession
+    cell: Cell | None = None
+
+
 class SweepEngine:
     """The engine of a sweep, on one model. Use as a context manager."""
 
@@ -78,38 +87,45 @@ class SweepEngine:
         self._objective, self._workload, self._seed = objective, workload, seed
         self._silence_limit_s, self._depth_limit_s = silence_limit_s, depth_limit_s
         self._on_load = on_load
-        self._session: EngineSession | None = None
-        self._group: str | None = None
-        self._cell: Cell | None = None
+        self._loaded: dict[str, _Loaded] = {}
         self._checked: set[str] = set()
         self._depths: dict[int, list[int]] = {}
 
     def ready(self, cell: Cell) -> bool:
         """Whether the cell's weights are loaded."""
-        return self._session is not None and self._session.alive and self._group == cell.group
+        loaded = self._loaded.get(cell.group)
+        return loaded is not None and loaded.session.alive
 
-    def measure(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Taken:
+    def measure(
+        self, cell: Cell, size: RungSize, number: int, limit_s: float | None, keep: Collection[str] = ()
+    ) -> Taken:
         """One turn of `size` with text salted by `number`; `limit_s` bounds prefill and decode together.
 
-        Raises EngineCrashError when an RPC worker or the model is gone.
+        Where weights must be loaded for it, only those of the groups in `keep` stay in memory beside. Raises
+        EngineCrashError when an RPC worker or the model is gone.
         """
         try:
-            return self._measure(cell, size, number, limit_s)
+            return self._measure(cell, size, number, limit_s, keep)
         except EngineCrashError as error:
             if error.kind in ("rpc_lost", "missing"):
                 raise
-            self._cell = None
-            if error.kind != "refused":
-                self.close()
+            if error.kind != "refused" or any(group != cell.group for group in self._loaded):
+                self.close()  # all of them: it may have died of the other one's memory
+            elif cell.group in self._loaded:
+                self._loaded[cell.group].cell = None
             for line in error.log_tail:
                 logger.info("  | %s", line)
             return self._failed(cell, error)
 
     def close(self) -> None:
-        """End the child."""
-        if self._session is not None:
-            self._session.close()
-        self._session = self._group = self._cell = None
+        """End the children."""
+        self._keep(())
+
+    def _keep(self, groups: Collection[str]) -> None:
+        """End the children of all other groups."""
+        for group in [*self._loaded]:
+            if group not in groups:
+                self._loaded.pop(group).session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,11 +133,12 @@ class SweepEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _measure(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Taken:
+    def _measure(
+        self, cell: Cell, size: RungSize, number: int, limit_s: float | None, keep: Collection[str]
+    ) -> Taken:
         facts: dict[str, Any] = {}
-        active = self._prepare(cell)
-        session = self._session
-        assert session is not None
+        active = self._prepare(cell, keep)
+        session = self._loaded[cell.group].session
         if active is not None and cell.name not in self._checked:
             sizes = read_buffer_sizes(session.size_lines)
             wrong = self._not_as_asked(cell, active, sizes)
@@ -145,23 +162,24 @@ class SweepEngine:
             facts["gpus"] = _gpu_figures()
         return self._read(told, size, limit_s, facts)
 
-    def _prepare(self, cell: Cell) -> Message | None:
+    def _prepare(self, cell: Cell, keep: Collection[str]) -> Message | None:
         """Load the weights, or make a new context on them; what is active then, None if nothing changed."""
         if not self.ready(cell):
-            self.close()
-            self._session = EngineSession(
-                environment=dict(cell.environment), silence_limit_s=self._silence_limit_s
-            )
-            active = self._session.open(self._model, cell.placement, on_progress=self._on_load)
-            self._group = cell.group
-        elif self._cell is None or self._cell.name != cell.name:
-            assert self._session is not None
-            active = self._session.renew(cell.placement)
+            self._keep([group for group in keep if group != cell.group])
+            session = EngineSession(environment=dict(cell.environment), silence_limit_s=self._silence_limit_s)
+            try:
+                active = session.open(self._model, cell.placement, on_progress=self._on_load)
+            except BaseException:
+                session.close()
+                raise
+            loaded = self._loaded[cell.group] = _Loaded(session)
         else:
-            return None
-        assert self._session is not None
-        self._session.warm_up()
-        self._cell = cell
+            loaded = self._loaded[cell.group]
+            if loaded.cell is not None and loaded.cell.name == cell.name:
+                return None
+            active = loaded.session.renew(cell.placement)
+        loaded.session.warm_up()
+        loaded.cell = cell
         return {name: active.get(name) for name in _ACTIVE}
 
     def _read(self, told: Message, size: RungSize, limit_s: float | None, facts: dict[str, Any]) -> Taken:

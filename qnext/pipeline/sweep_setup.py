@@ -20,7 +20,7 @@ from qnext.pipeline.surroundings import Notice, layout_entry, require_this_machi
 from qnext.pipeline.sweep_cells import make_cells
 from qnext.pipeline.sweep_values import Cell, Grid, Objective, RungSize, SweepSettings
 from qnext.plan.placement import ALL_LAYERS
-from qnext.plan.values import Placement
+from qnext.plan.values import HOST, Placement
 
 SHORT_TOKENS, FEWEST_SHORT_TOKENS, SLOW_TOKEN_S = 24, 16, 0.2
 """Tokens generated in a short measurement; fewer where a token takes longer than this."""
@@ -122,6 +122,7 @@ def prepare_sweep(
         cooldown_s=cooldown_s,
         seed=seed,
         cover=cover,
+        room=_room(planned, cells),
     )
     return Prepared(planned, settings, _affordable(cells, groups))
 
@@ -168,6 +169,13 @@ def _fit(planned: PlannedModel, paths: Paths, notice: Notice, base: Placement) -
         notice(f"without llama.cpp's --fit: {found.error}")
         return None
     return found.plan.placement
+
+
+def _room(planned: PlannedModel, cells: Sequence[Cell]) -> int:
+    """Bytes for models loaded at once. None beside devices: their memory and workers serve one at a time."""
+    if any(cell.placement.devices for cell in cells if not cell.status):
+        return 0
+    return next(budget.budget_bytes for budget in planned.problem.budgets if budget.name == HOST)
 
 
 def _load_seconds(planned: PlannedModel) -> float:

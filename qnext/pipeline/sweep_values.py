@@ -26,6 +26,7 @@ class Cell:
     """One configuration. `environment` is added to the engine's; `predicted_s` is the objective's time.
 
     `roles` are the baselines that it is. `status` and `because` say why it is never run; empty where it may.
+    `host_bytes` is what it takes of the RAM.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Cell:
     roles: tuple[Role, ...] = ()
     status: str = ""
     because: str = ""
+    host_bytes: int = 0
 
     @property
     def group(self) -> str:
@@ -56,6 +58,7 @@ class Cell:
             predicted_s=self.predicted_s,
             demands=self.demands,
             baseline=bool(self.roles),
+            host_bytes=self.host_bytes,
         )
 
 
@@ -98,7 +101,7 @@ class SweepSettings:
     """All that decides how a sweep goes, beside its cells. Times in seconds.
 
     `short` and `full` are the sizes of the two rungs; a cell with a larger ubatch than `short.prompt` takes
-    a prompt of one ubatch. `max_loads` and `cover` as the race has them.
+    a prompt of one ubatch. `max_loads`, `cover` and `room` (bytes) as the race has them.
     """
 
     request: Request
@@ -112,6 +115,7 @@ class SweepSettings:
     seed: int = 0
     confidence: float = 0.95
     cover: bool = False
+    room: int = 0
 
     @property
     def workload(self) -> Workload:

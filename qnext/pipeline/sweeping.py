@@ -175,6 +175,7 @@ class _Driver:
                 "confidence": settings.confidence,
                 "max_loads": settings.max_loads,
                 "cover": settings.cover,
+                "room": settings.room,
                 "outcomes": [
                     {
                         "arm": prepared.cells[one.cell].name,
@@ -222,7 +223,8 @@ class _Driver:
         try:
             if settings.cooldown_s:
                 time.sleep(settings.cooldown_s)
-            taken = engine.measure(cell, self._size(cell, step.rung), step.number, self._limit_s(cell, step))
+            size, limit_s = self._size(cell, step.rung), self._limit_s(cell, step)
+            taken = engine.measure(cell, size, step.number, limit_s, step.keep)
         except (KeyboardInterrupt, EngineCrashError):
             if risky:
                 self._store.forget(self._sweep.id, step.number)

@@ -254,15 +254,15 @@ def test_bound_threads_stay_on_one_core(paths: Paths) -> None:
     sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(affinity=("free", "cores")), seconds=1.0)
     bound = next(cell for cell in sweep.live if cell.environment)
     assert bound.name == "affinity cores"
-    places: dict[str, set[int]] = {}
+    places: set[frozenset[int]] = set()
 
     def look(step: Any, cell: Cell) -> None:
-        if children() and not step.load:
-            places[cell.name] = os.sched_getaffinity(children()[0].pid)
+        if not step.load:
+            places.update(frozenset(os.sched_getaffinity(child.pid)) for child in children())
 
     run = raced(sweep, paths, SweepWatch(on_step=look))
-    assert len(places["affinity cores"]) == 1
-    assert places["plan"] == os.sched_getaffinity(0)
+    assert {len(cores) for cores in places} >= {1}
+    assert frozenset(os.sched_getaffinity(0)) in places
     assert {one.status for one in run.sweep.measurements} <= {"ok", "noisy"}
 
 

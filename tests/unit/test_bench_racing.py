@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 
@@ -110,6 +111,45 @@ def test_a_race_finds_the_best_of_a_small_grid_and_shows_it() -> None:
     assert result.winner == "t8 ub512 ncmoe10"
     assert result.verdict is not None and result.verdict.word == "faster"
     assert result.verdict.ratio == pytest.approx(0.612, rel=0.05)
+
+
+def roomy_arms() -> list[Arm]:
+    return [replace(arm, host_bytes=1) for arm in small_arms()]
+
+
+def test_models_with_room_at_once_are_loaded_once_and_measured_side_by_side() -> None:
+    race = Race(roomy_arms(), seconds=600, seed=1, room=2)
+    steps = finish(race, random.Random(1))
+    assert race.result().winner == "t8 ub512 ncmoe10"
+    assert race.loads == 2
+    both_from = max(step.number for step in steps if step.load)
+    neighbours = zip(steps[both_from:], steps[both_from + 1 :], strict=False)
+    assert sum(one.group != other.group for one, other in neighbours) > len(steps) / 10
+
+
+def test_what_dies_beside_another_model_is_tried_again_alone() -> None:
+    race, loaded = Race(roomy_arms(), seconds=600, seed=1, room=2), set[str]()
+    died = []
+    while (step := race.next()) is not None:
+        if step.load:
+            loaded = {group for group in loaded if group in step.keep} | {step.group}
+        if len(loaded) > 1:
+            died.append(step.arm)
+            loaded = set()
+            race.observe(step, Outcome("out-of-memory", None, 3.0))
+        else:
+            race.observe(step, answer(step, random.Random(step.number)))
+    assert len(died) == 1
+    assert all(standing.word != "out-of-memory" for standing in race.result().standings)
+    assert race.result().winner == "t8 ub512 ncmoe10"
+    assert race.loads <= 10
+
+
+def test_a_baseline_is_not_given_up_for_what_killed_others() -> None:
+    arms = [replace(arm, baseline=arm.name == "t16 ub512 ncmoe10") for arm in small_arms()]
+    dead = {i: "crashed" for i, arm in enumerate(arms) if arm.name.endswith("ncmoe10") and i % 3 < 2}
+    excluded = excluded_arms(arms, dead, ran=set())  # type: ignore[arg-type]
+    assert [arm.name for i, arm in enumerate(arms) if i not in excluded and arm.baseline]
 
 
 def test_the_baseline_and_the_challenger_are_measured_in_full() -> None:
