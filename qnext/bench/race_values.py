@@ -117,15 +117,18 @@ class StepTimes:
             self._loads.append(outcome.seconds)
 
     def usual(self, arm: str, rung: Rung) -> float | None:
-        """Median of the arm's steps without a load; None as long as there is none."""
-        told = self._steps.get((arm, rung))
+        """Median of the arm's steps without a load, else of all arms'; None as long as there is none."""
+        told = self._steps.get((arm, rung)) or self._all(rung)
         return median(told) if told else None
 
     def load(self) -> float:
         """What a load takes beside the measurement that it was for; 0 as long as there was none."""
-        others = [seconds for (_, rung), told in self._steps.items() if rung == "short" for seconds in told]
+        others = self._all("short")
         beside = median(others) if others else 0.0
         return max(0.0, median(self._loads) - beside) if self._loads else 0.0
+
+    def _all(self, wanted: Rung) -> list[float]:
+        return [seconds for (_, rung), told in self._steps.items() if rung == wanted for seconds in told]
 
 
 def excluded_arms(

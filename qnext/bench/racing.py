@@ -167,8 +167,14 @@ class Race:
         groups = [group for _, group in sorted({(arm.order, arm.group) for arm in self.arms})]
         tried = self.max_loads - DUEL_LOADS if self.cover else GROUPS_TRIED
         groups = self._known.most_promising(groups, tried, home)
-        if self.room:  # what goes beside the anchor comes after it, so that it is loaded once
-            groups.sort(key=lambda group: (self._known.fits(anchor, group), group != anchor))
+        if self.room:  # what goes beside the anchor comes after it, the likeliest of them last: it stays
+            groups.sort(
+                key=lambda group: (
+                    self._known.fits(anchor, group),
+                    group != anchor,
+                    self._known.chance_of(group),
+                )
+            )
         for place, group in enumerate(groups):
             explore = self._explore_seconds()
             loads = 1 + sum(other in home for other in groups[place + 1 :])

@@ -63,7 +63,7 @@ def forecast(
             ForecastWatch(
                 on_write=progress,
                 on_load=lambda share: progress(share, "loading slices"),
-                on_round=lambda number, count: progress((number - 1) / count, f"round {number} of {count}"),
+                on_measure=lambda what, share: progress(share, f"measuring: {what}"),
             ),
         )
     if output is not None:

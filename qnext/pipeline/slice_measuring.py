@@ -26,6 +26,8 @@ from qnext.units import MIB
 LEAST_ROUNDS, USUAL_ROUNDS, MOST_ROUNDS = 5, 9, 60
 LEAST_SECONDS, SECONDS = 10.0, 75.0
 """Rounds go on until they are USUAL_ROUNDS and have taken LEAST_SECONDS, or until SECONDS are over."""
+ROUNDS_SHARE = 0.8
+"""Of the time to measure, for who waits."""
 VISITS_ALONE, REPEATS_ALONE = 2, 4
 """Where only one slice can be loaded at a time: loads of each, there and back, and rounds in each of them."""
 PROMPT, GENERATE = 256, 8
@@ -44,11 +46,11 @@ PAIRS = 8
 
 @dataclass(frozen=True, slots=True)
 class ForecastWatch:
-    """What a caller may follow: the share written, the share loaded, (round, rounds) as each begins."""
+    """What a caller may follow: the share written, the share loaded, (what is measured now, share done)."""
 
     on_write: Callable[[float], None] | None = None
     on_load: Callable[[float], None] | None = None
-    on_round: Callable[[int, int], None] | None = None
+    on_measure: Callable[[str, float], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +136,11 @@ def measure_slices(
 
     `few` is the smallest with fewer experts per token: depth is measured there, as a prompt takes less time.
     """
+
+    def say(what: str, share: float) -> None:
+        if watch.on_measure is not None:
+            watch.on_measure(what, share)
+
     loaded, measured = _Loaded(paths, notice, watch.on_load), Measured({"decode": [], "prefill": []})
     loaded.alone = any(arm.request.rpc_servers for arm in arms)  # a worker has one client at a time
     with contextlib.closing(loaded):
@@ -143,17 +150,20 @@ def measure_slices(
         while not (
             number >= VISITS_ALONE * repeats if loaded.alone else _enough(number, time.monotonic() - began)
         ):
-            if watch.on_round is not None:
-                watch.on_round(number + 1, max(number + 1, USUAL_ROUNDS))
+            count = VISITS_ALONE * repeats if loaded.alone else max(number + 1, USUAL_ROUNDS)
+            say(f"round {number + 1} of {count}", ROUNDS_SHARE * number / count)
             order = arms[::-1] if number // repeats % 2 else arms  # back to the first, which is used again
             for test, rows in _measure_round(loaded, order, number):
                 measured.rounds[test] += [[row[arm] for arm in arms] for row in rows]
             number += repeats
         smallest = loaded.get(arms[0])
+        say("batch sizes", ROUNDS_SHARE)
         _measure_ubatch(smallest, measured)
         model = smallest if few is None else loaded.get(few)
+        say("depth", (1 + ROUNDS_SHARE) / 2)
         _measure_depth(model, measured)
         if model is not smallest and not loaded.alone:
+            say("experts", 0.95)
             for seed in range(PAIRS):
                 measured.fewer.append(_time(model, 0, GENERATE, seed=seed) / GENERATE)
                 measured.usual.append(_time(smallest, 0, GENERATE, seed=seed) / GENERATE)
