@@ -290,9 +290,14 @@ class Race:
         others = [i for i in self._known.live() if i in self._known.ran and i not in baselines]
         challenger = min(others, key=lambda i: belief.mean[i], default=None)
         racers = baselines + ([] if challenger is None else [challenger])
-        if self.room and baselines and challenger is not None:
-            likeliest = [min(baselines, key=lambda i: belief.mean[i]), challenger]
-            racers = likeliest if len(self._stages(likeliest)) == 1 else racers
+        known = [i for i in baselines if i in self._known.ran]
+        if known and challenger is not None:
+            likeliest = [min(known, key=lambda i: belief.mean[i]), challenger]
+            if not self._affords(racers) or (self.room and len(self._stages(likeliest)) == 1):
+                racers = likeliest
+        if known and not self._affords(racers):  # no time to compare: the baseline, as nothing is shown
+            self._winner = self._against = min(known, key=lambda i: belief.mean[i])
+            return
         times: dict[int, list[int | None]] = {i: [] for i in racers}
         rounds = self._duel_rounds(racers) if baselines else 0
         for played in range(rounds):
@@ -351,6 +356,13 @@ class Race:
         short = sum(self._known.usual_seconds(i, "short") for i in racers)
         left = (self.seconds - self._known.spent_s) / rounds - self._round_seconds(racers)
         return min(MOST_PAIRS, int(left / short))
+
+    def _affords(self, racers: Sequence[int]) -> bool:
+        """Whether there is time to load what the racers need and to measure each a few times."""
+        loads = len({self.arms[i].group for i in racers} - {*self._known.loaded})
+        short = sum(self._known.usual_seconds(i, "short") for i in racers)
+        needed = loads * self._known.load_seconds() + FEWEST_SHORT * short
+        return self._known.spent_s + needed <= self.seconds
 
     def _round_seconds(self, racers: Sequence[int]) -> float:
         """What a round of the duel takes beside its short pairs: its full ones and its loads."""

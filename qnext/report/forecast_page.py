@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from qnext.report.forecast_view import bound_words, headline_words, measured_words, token_parts
+from qnext.report.forecast_view import bound_words, headline_words, measured_words, speed_rows, token_parts
 from qnext.report.html_charts import MUTED, Axis, Chart, Line, Point
 from qnext.report.html_figures import Figure
 from qnext.report.html_page import drawings, legend, render_page
@@ -21,15 +21,13 @@ def forecast_page(forecast: Forecast) -> str:
     parts = token_parts(forecast)
     total = sum(parts.values())
     figures = [*_depths(forecast), *_ubatches(forecast), *_splits(forecast)]
-    speeds = [(f"prefill, {forecast.prompt} tokens", forecast.prefill)]
-    speeds += [(f"decode after {depth:,} tokens", speed) for depth, speed in forecast.decode.items()]
     return render_page(
         "forecast.html.j2",
         model=f"{shape.name or forecast.planned.plan.model_ref} {shape.quant or ''}".strip(),
         measured=measured_words(forecast),
         headline=headline_words(forecast),
         warnings=forecast.warnings,
-        speeds=speeds,
+        speeds=speed_rows(forecast),
         figures=[(figure, drawings(figure)) for figure in figures],
         legends=[legend(figure) for figure in figures],
         parts=[(name, ns / 1e6, ns / total) for name, ns in parts.items()],

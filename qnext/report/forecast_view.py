@@ -30,12 +30,10 @@ def forecast_view(forecast: Forecast) -> Group:
     speeds = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "low t/s", "forecast", "high t/s", "plan said"):
         speeds.add_column(name, justify="left" if not name else "right")
-    said = planned.plan.prediction
-    speeds.add_row(f"prefill, {forecast.prompt} tokens", *_cells(forecast.prefill, said.prefill_tps))
-    workload = planned.problem.options.workload
-    for depth, speed in forecast.decode.items():
-        usual = said.decode_tps if depth == workload.depth else None
-        speeds.add_row(f"decode after {depth:,} tokens", *_cells(speed, usual))
+    said, asked = planned.plan.prediction, planned.problem.options.workload.depth
+    usual = [said.prefill_tps, *(said.decode_tps if depth == asked else None for depth in forecast.decode)]
+    for (name, speed), planned_speed in zip(speed_rows(forecast), usual, strict=True):
+        speeds.add_row(name, *_cells(speed, planned_speed))
     times = token_parts(forecast)
     total = sum(times.values())
     shares = ", ".join(f"{ns / total:.0%} {name}" for name, ns in times.items())
@@ -55,6 +53,12 @@ def forecast_view(forecast: Forecast) -> Group:
         parts += [Text(), _curve(forecast)]
     parts += [Text(f"warning: {text}", style="yellow") for text in forecast.warnings]
     return Group(*parts)
+
+
+def speed_rows(forecast: Forecast) -> list[tuple[str, SpeedRange]]:
+    """Each speed that is told, with its name."""
+    decode = [(f"decode after {depth:,} tokens", speed) for depth, speed in forecast.decode.items()]
+    return [(f"prefill, {forecast.prompt} tokens", forecast.prefill), *decode]
 
 
 def headline_words(forecast: Forecast) -> str:

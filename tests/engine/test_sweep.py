@@ -251,7 +251,7 @@ def test_a_killed_sweep_is_resumed_without_losing_or_repeating_a_finished_cell(
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell where threads run")
 def test_bound_threads_stay_on_one_core(paths: Paths) -> None:
-    sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(affinity=("free", "cores")), seconds=1.0)
+    sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(affinity=("free", "cores")), seconds=5.0)
     bound = next(cell for cell in sweep.live if cell.environment)
     assert bound.name == "affinity cores"
     places: set[frozenset[int]] = set()
