@@ -12,7 +12,8 @@ It wins by a verdict of "faster"; or, where the pairs are too few for one, when 
 makes it BELIEVED likely to be faster and the pairs do not speak against it: then it is the better choice, and
 is not called faster. Rounds of a duel between two models that cannot be loaded at once go there and back for
 the same reason as above; each look at the pairs spends its part of the chance to call an equal arm faster
-(Bonferroni, one-sided), so looking often finds nothing that is not there.
+(Bonferroni, one-sided), so looking often finds nothing that is not there. Without time for a duel the
+baseline wins.
 
 All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
 resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose

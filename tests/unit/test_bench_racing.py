@@ -113,6 +113,15 @@ def test_a_race_finds_the_best_of_a_small_grid_and_shows_it() -> None:
     assert result.verdict.ratio == pytest.approx(0.612, rel=0.05)
 
 
+def test_without_time_to_compare_the_baseline_stays() -> None:
+    race = Race(small_arms(), seconds=18, seed=1)
+    finish(race, random.Random(1))
+    result = race.result()
+    assert result.winner == result.against == "t4 ub256 ncmoe20"
+    assert result.verdict is None
+    assert race.spent_s < 36
+
+
 def roomy_arms() -> list[Arm]:
     return [replace(arm, host_bytes=1) for arm in small_arms()]
 
