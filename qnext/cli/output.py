@@ -127,6 +127,8 @@ def progress_bar(label: str) -> Iterator[Progress]:
     task = bar.add_task(label, total=None)
 
     def move(share: float, label: str | None = None) -> None:
+        if share < bar.tasks[task].completed:  # another part of the work: its time left is reckoned anew
+            bar.reset(task, total=1.0)
         bar.update(task, completed=share, total=1.0, description=label)
 
     timer = threading.Timer(PROGRESS_DELAY_S, bar.start)
