@@ -130,7 +130,7 @@ class Finish:
 def run_race(
     seed: int, *, equal: bool = False, tamper: Callable[[Machine], None] | None = None, room: int = 0
 ) -> Finish:
-    """`room`: how many models may be loaded at once beyond none."""
+    """`room`: how many models memory has room for at once; with 0 there is never more than one."""
     machine = Machine(seed, equal=equal)
     if tamper:
         tamper(machine)

@@ -227,10 +227,12 @@ class Race:
 
         The baselines of the group `beside` are measured with them where both models have room.
         """
-        reference = [i for i in self._known.live() if self.arms[i].baseline and self.arms[i].group == beside]
-        if beside is None or beside in groups or not self._known.fits(beside, *groups):
-            reference = []
-        self._company = (*groups, *(beside for _ in reference[:1] if beside))
+        reference: list[int] = []
+        self._company = groups
+        if beside is not None and beside not in groups and self._known.fits(beside, *groups):
+            live = self._known.live()
+            reference = [i for i in live if self.arms[i].baseline and self.arms[i].group == beside]
+            self._company = (*groups, beside) if reference else groups
         blocks = 0
         while blocks < at_least or (self._known.spent_s < until and self._known.loss() > LOSS_NOT_WORTH_TIME):
             block = self._block(groups)
@@ -291,13 +293,13 @@ class Race:
         others = [i for i in self._known.live() if i in self._known.ran and i not in baselines]
         challenger = min(others, key=lambda i: belief.mean[i], default=None)
         racers = baselines + ([] if challenger is None else [challenger])
-        known = [i for i in baselines if i in self._known.ran]
-        if known and challenger is not None:
-            likeliest = [min(known, key=lambda i: belief.mean[i]), challenger]
+        measured = [i for i in baselines if i in self._known.ran]
+        if measured and challenger is not None:
+            likeliest = [min(measured, key=lambda i: belief.mean[i]), challenger]
             if not self._affords(racers) or (self.room and len(self._stages(likeliest)) == 1):
                 racers = likeliest
-        if known and not self._affords(racers):  # no time to compare: the baseline, as nothing is shown
-            self._winner = self._against = min(known, key=lambda i: belief.mean[i])
+        if measured and not self._affords(racers):  # no time to compare: the baseline, as nothing is shown
+            self._winner = self._against = min(measured, key=lambda i: belief.mean[i])
             return
         times: dict[int, list[int | None]] = {i: [] for i in racers}
         rounds = self._duel_rounds(racers) if baselines else 0
@@ -344,8 +346,7 @@ class Race:
 
     def _duel_rounds(self, racers: Sequence[int]) -> int:
         """As many as loads and time allow, each with pairs enough to show something; at least one."""
-        groups = {self.arms[i].group for i in racers}
-        spare = self.max_loads - self._known.loads - len(groups - {*self._known.loaded})
+        spare = self.max_loads - self._known.loads - self._loads_for(racers)
         most = DUEL_ROUNDS if len(self._stages(racers)) < 2 else max(1, min(DUEL_ROUNDS, 1 + spare))
         paid = (
             count for count in range(most, 1, -1) if self._pairs_affordable(racers, count) >= FEWEST_PAIRS
@@ -354,31 +355,35 @@ class Race:
 
     def _pairs_affordable(self, racers: Sequence[int], rounds: int) -> int:
         """Short pairs per round that the rest of the budget pays for, full ones and the loads set aside."""
-        short = sum(self._known.usual_seconds(i, "short") for i in racers)
+        short = self._step_seconds(racers, "short")
         left = (self.seconds - self._known.spent_s) / rounds - self._round_seconds(racers)
         return min(MOST_PAIRS, int(left / short))
 
     def _affords(self, racers: Sequence[int]) -> bool:
         """Whether there is time to load what the racers need and to measure each a few times."""
-        loads = len({self.arms[i].group for i in racers} - {*self._known.loaded})
-        short = sum(self._known.usual_seconds(i, "short") for i in racers)
-        needed = loads * self._known.load_seconds() + FEWEST_SHORT * short
+        needed = self._loads_for(racers) * self._known.load_seconds()
+        needed += FEWEST_SHORT * self._step_seconds(racers, "short")
         return self._known.spent_s + needed <= self.seconds
 
     def _round_seconds(self, racers: Sequence[int]) -> float:
         """What a round of the duel takes beside its short pairs: its full ones and its loads."""
-        loads = len({self.arms[i].group for i in racers} - {*self._known.loaded})
-        return loads * self._known.load_seconds() + FULL_PAIRS * sum(
-            self._known.usual_seconds(i, "full") for i in racers
-        )
+        loads_s = self._loads_for(racers) * self._known.load_seconds()
+        return loads_s + FULL_PAIRS * self._step_seconds(racers, "full")
+
+    def _loads_for(self, racers: Sequence[int]) -> int:
+        """How many of the racers' models are not in memory."""
+        return len({self.arms[i].group for i in racers} - {*self._known.loaded})
+
+    def _step_seconds(self, racers: Sequence[int], rung: Rung) -> float:
+        """What a step with each of them takes."""
+        return sum(self._known.usual_seconds(i, rung) for i in racers)
 
     def _explore_seconds(self) -> float:
         """When exploring ends, so that a duel of the best against the baselines still has its time."""
         racers = [i for i in self._known.live() if self.arms[i].baseline]
         best = self._known.leader()
         racers += [] if best is None or best in racers else [best]
-        short = sum(self._known.usual_seconds(i, "short") for i in racers)
-        duel = self._round_seconds(racers) + FEWEST_PAIRS * short
+        duel = self._round_seconds(racers) + FEWEST_PAIRS * self._step_seconds(racers, "short")
         least, most = (share * self.seconds for share in EXPLORE_SHARES)
         return min(most, max(least, self.seconds - duel))
 

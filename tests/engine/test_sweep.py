@@ -254,15 +254,17 @@ def test_bound_threads_stay_on_one_core(paths: Paths) -> None:
     sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(affinity=("free", "cores")), seconds=5.0)
     bound = next(cell for cell in sweep.live if cell.environment)
     assert bound.name == "affinity cores"
-    places: set[frozenset[int]] = set()
+    places: dict[str, set[int]] = {}
 
     def look(step: Any, cell: Cell) -> None:
         if not step.load:
-            places.update(frozenset(os.sched_getaffinity(child.pid)) for child in children())
+            for child in children():
+                name = bound.name if bound.environment.items() <= child.environ().items() else "plan"
+                places[name] = os.sched_getaffinity(child.pid)
 
     run = raced(sweep, paths, SweepWatch(on_step=look))
-    assert {len(cores) for cores in places} >= {1}
-    assert frozenset(os.sched_getaffinity(0)) in places
+    assert len(places["affinity cores"]) == 1
+    assert places["plan"] == os.sched_getaffinity(0)
     assert {one.status for one in run.sweep.measurements} <= {"ok", "noisy"}
 
 
