@@ -13,7 +13,7 @@ from functools import partial
 import psutil
 
 from claims import CannotMeasure
-from claims._turns import in_turns, running_ns
+from qnext.engine.turns import in_turns, running_ns
 from qnext.pipeline.sweep_engine import SweepEngine
 from qnext.pipeline.sweep_setup import Prepared
 from qnext.pipeline.sweep_values import Cell, RungSize
@@ -89,7 +89,7 @@ class Duellist:
 def measure_duel(one: Duellist, other: Duellist, *, count: int) -> tuple[list[int], list[int]]:
     """Ns of `count` workload turns of both, whole ones, each run while the other's processes are stopped.
 
-    Both stay in memory and have the processor a tenth of a second at a time (see `claims._turns`), so that
+    Both stay in memory and have the processor in turns (`qnext.engine.turns`), so that
     the i-th ones of both fell into the same moments. Raises CannotMeasure for a cell that does not run.
     """
     from tests.engine_processes import children
@@ -114,11 +114,11 @@ def measure_duel(one: Duellist, other: Duellist, *, count: int) -> tuple[list[in
 
 
 def _turn_of(side: Duellist, engine: SweepEngine, number: int) -> None:
-    began = time.monotonic_ns()
+    began = time.perf_counter_ns()
     taken = engine.measure(side.cell, _whole_turn(side.prepared), 20_000 + number, None)
     if taken.status not in ("ok", "noisy"):
         raise CannotMeasure(f"{side.cell.name} does not run again: {taken.because}")
-    side.spans.append((began, time.monotonic_ns()))
+    side.spans.append((began, time.perf_counter_ns()))
 
 
 def say(text: str) -> None:

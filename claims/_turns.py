@@ -12,22 +12,19 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import psutil
 
+from qnext.engine.turns import give_turn, running_ns
 from qnext.plan.options import RepackPolicy
-
-TURN_S = 0.1
 
 Samples = dict[str, list[int]]
 """Nanoseconds of running per test name (pp512, tg128)."""
@@ -111,53 +108,15 @@ def take_turns(first: Side, second: Side, folder: Path) -> tuple[Samples, Sample
             reader.join()
     finally:
         for side, (process, _) in zip(sides, programs, strict=True):
-            send_signal(_computing(side, process), signal.SIGKILL)
+            for member in _computing(side, process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
             process.kill()
             process.wait()
     for side, (process, _) in zip(sides, programs, strict=True):
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, list(side.argv))
     return _shared(sides)
-
-
-def in_turns(
-    members: Sequence[Sequence[psutil.Process]], work: Sequence[Callable[[], object]]
-) -> list[list[tuple[int, int]]]:
-    """Do all of `work` at once, each while its own members run and the others' are stopped; turns of each.
-
-    Raises what the work raises, when all of it is over. Afterwards everyone runs.
-    """
-    everyone = [member for each in members for member in each]
-    turns: list[list[tuple[int, int]]] = [[] for _ in members]
-    with ThreadPoolExecutor(len(work)) as pool:
-        send_signal(everyone, signal.SIGSTOP)
-        asked = [pool.submit(one) for one in work]
-        try:
-            while not all(future.done() for future in asked):
-                for side, future in enumerate(asked):
-                    if not future.done():
-                        turns[side].append(give_turn(members[side]))
-        finally:
-            send_signal(everyone, signal.SIGCONT)
-        for future in asked:
-            future.result()
-    return turns
-
-
-def give_turn(members: Sequence[psutil.Process]) -> tuple[int, int]:
-    """Let stopped processes run for a turn: when it began and ended, monotonic ns."""
-    began = time.monotonic_ns()
-    send_signal(members, signal.SIGCONT)
-    time.sleep(TURN_S)
-    send_signal(members, signal.SIGSTOP)
-    return began, time.monotonic_ns()
-
-
-def send_signal(members: Sequence[psutil.Process], number: signal.Signals) -> None:
-    """The signal to each that is still there."""
-    for member in members:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(number)
 
 
 def _alone(programs: Sequence[tuple[subprocess.Popen[str], threading.Thread]]) -> bool:
@@ -178,7 +137,7 @@ def _start(side: Side, folder: Path) -> tuple[subprocess.Popen[str], threading.T
     def follow() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            side.heard(line, time.monotonic_ns())
+            side.heard(line, time.perf_counter_ns())
 
     reader = threading.Thread(target=follow, daemon=True)
     reader.start()
@@ -211,11 +170,6 @@ def _shared(sides: Sequence[Side]) -> tuple[Samples, Samples]:
             for side, (began, ended), samples in zip(sides, pair, kept, strict=True):
                 samples.setdefault(test, []).append(running_ns(side.turns, began, ended))
     return kept
-
-
-def running_ns(turns: Sequence[tuple[int, int]], began: int, ended: int) -> int:
-    """How much of `began` to `ended` fell into turns; all of them monotonic ns."""
-    return sum(max(0, min(stop, ended) - max(start, began)) for start, stop in turns)
 
 
 def _follow(model: str, layout: RepackPolicy, threads: int, prompt: int, generate: int, samples: int) -> None:

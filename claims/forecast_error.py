@@ -30,10 +30,10 @@ import psutil
 from claims import ROOT, CannotMeasure, Figure, claim
 from claims._cells import say
 from claims._slice import run_qnext
-from claims._turns import in_turns, running_ns
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.engine.rpc import RpcWorker
+from qnext.engine.turns import in_turns, running_ns
 from qnext.models.gguf_reader import read_header
 from qnext.models.shape import read_shape
 from qnext.models.synth.slices import choose_slices, write_slices
@@ -283,12 +283,12 @@ def _by_turns(
 
     def run(side: int) -> None:
         while not all(runs) or time.monotonic() < deadline:
-            began, seed = time.monotonic_ns(), 1000 * number + len(runs[side])
+            began, seed = time.perf_counter_ns(), 1000 * number + len(runs[side])
             for _ in models[side].session.bench(
                 prompt=prompt, generate=generate, depth=0, repetitions=1, warmup=False, seed=seed
             ):
                 pass
-            runs[side].append((began, time.monotonic_ns()))
+            runs[side].append((began, time.perf_counter_ns()))
 
     turns = in_turns(members, [partial(run, side) for side in range(len(models))])
     return [

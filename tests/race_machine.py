@@ -3,7 +3,8 @@
 Time is a product of effects of threads, ubatch, expert layers on the CPU and cache type, with random
 interactions of four pairs of them (1.5 % each); the plan's prediction knows the placement well and the rest
 badly. A short measurement has 5 to 10 % lognormal noise, a full one 0.7 of that; one in 33 takes three times
-as long; the machine drifts by up to 20 % over the sweep with a wave of up to 10 % on it. Configurations that
+as long, and what disturbs one of two measured at once disturbs the other; the machine drifts by up to 20 %
+over the sweep with a wave of up to 10 % on it. Configurations that
 need too much are out of memory, and on every other machine one pair of threads and ubatch kills the engine.
 """
 
@@ -13,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from math import exp, sin
+from math import exp, log, sin
 from statistics import median
 
 from qnext.bench.race_values import Arm, Outcome, Result, Status, Step
@@ -26,6 +27,8 @@ THREADS, UBATCH, EXPERT_LAYERS, CACHES = (
     ("f16", "q8_0"),
 )
 LOAD_S, START_S = 30.0, 1.0
+OWN_NOISE = 0.5
+"""Of the noise: how far two measurements taken at once lie apart by themselves."""
 GRID_REPEATS = 5
 """llama-bench's default."""
 
@@ -96,6 +99,7 @@ class Machine:
         self.grid_s = sum((self.true[arm.name] + START_S) * GRID_REPEATS for arm in fitting) + 5 * LOAD_S
         self.budget_s = self.grid_s * share
         self._clock = 0.0
+        self._at_once: float | None = None
 
     def measure(self, step: Step) -> Outcome:
         """One step, with the machine's mood at that time."""
@@ -105,8 +109,12 @@ class Machine:
         now = self._clock / self.budget_s
         mood = self._drift * now + self._wave * sin(self._phase + 9 * now)
         noise = self._noise if step.rung == "short" else 0.7 * self._noise
-        seconds = self.true[step.arm] * exp(mood + self._chance.gauss(0, noise))
-        seconds *= 3 if self._chance.random() < 0.03 else 1
+        if self._at_once is None:
+            trouble = self._chance.gauss(0, noise) + (log(3) if self._chance.random() < 0.03 else 0)
+        else:
+            trouble = self._at_once + self._chance.gauss(0, OWN_NOISE * noise)
+        self._at_once = trouble if step.partner else None
+        seconds = self.true[step.arm] * exp(mood + trouble)
         busy = seconds / (6 if step.rung == "short" else 1) + START_S + load
         return self._took("ok", round(seconds * 1e9), busy)
 

@@ -8,8 +8,9 @@ knobs they share (Rasmussen and Williams 2006, chapter 2). Levels of a number ne
 too. How much of the error belongs to single knobs is not known beforehand: of a few answers, the one under
 which the measurements are likeliest is taken.
 
-The machine's slow changes (heat, other load) are one more unknown that wanders with time, and a disturbed
-measurement counts less the further it lies off (Student's t by reweighting), so that neither decides.
+The machine's slow changes (heat, other load) are one more unknown that wanders with time, what disturbs two
+measurements taken at once is one that both share, and a disturbed measurement counts less the further it lies
+off (Student's t by reweighting), so that none of these decides.
 """
 
 from __future__ import annotations
@@ -39,17 +40,23 @@ SHARED_ERROR = 1.0
 DRIFT = 0.20
 NOISE, LEAST_NOISE, NOISE_WORTH = 0.07, 0.003, 4.0
 """Spread of a measurement before there is any; the least believed; how many measurements the first counts."""
+AT_ONCE = 0.85
+"""Of the noise's variance: what two measurements taken at once share."""
 FREEDOM = 4.0
 REFITS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One measurement: the arm by index, its seconds, and when (0 is the start of the sweep, 1 the end)."""
+    """One measurement: the arm by index, its seconds, and when (0 is the start of the sweep, 1 the end).
+
+    Two of one `moment` were taken at once, so that what disturbed one disturbed the other.
+    """
 
     arm: int
     seconds: float
     when: float
+    moment: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +111,24 @@ class KnobModel:
         when = np.array([one.when for one in seen])
         off = np.log([one.seconds for one in seen]) - self._mean[arms]
         drift = DRIFT**2 * np.minimum.outer(when, when)
+        moments = np.array([one.moment for one in seen])
+        same = np.equal.outer(moments, moments)
+        alone = same.sum(axis=1) < 2
+        shared, own = AT_ONCE * (same & ~alone), np.where(alone, 1.0, 1 - AT_ONCE)
         weight = np.append(self._weight, np.ones(len(seen) - len(self._weight)))
         for _ in range(REFITS):
-            variance = self._noise**2 / weight
-            inverse = np.linalg.inv(self._prior[np.ix_(arms, arms)] + drift + np.diag(variance))
+            variance = self._noise**2 * own / weight
+            disturbed = drift + self._noise**2 * shared + np.diag(variance)
+            inverse = np.linalg.inv(self._prior[np.ix_(arms, arms)] + disturbed)
             left = variance * (inverse @ off)
-            weight = (FREEDOM + 1) / (FREEDOM + (left / self._noise) ** 2)
+            weight = (FREEDOM + 1) / (FREEDOM + (left / self._noise) ** 2 / own)
             free = float(variance @ np.diag(inverse))
-            squares = float(weight @ left**2) + NOISE_WORTH * NOISE**2
+            squares = float(weight @ (left**2 / own)) + NOISE_WORTH * NOISE**2
             self._noise = max(LEAST_NOISE, (squares / (free + NOISE_WORTH)) ** 0.5)
         self._weight = weight
         prior = self._prior
         if len(seen) > 1.3 * self._chosen_at:
-            rest = drift + np.diag(self._noise**2 / weight)
+            rest = drift + self._noise**2 * (shared + np.diag(own / weight))
             likely = [_log_likelihood(one[np.ix_(arms, arms)] + rest, off) for one in self._priors]
             self._prior, self._chosen_at = self._priors[int(np.argmax(likely))], len(seen)
         across = prior[:, arms] @ inverse

@@ -50,11 +50,14 @@ class Knowledge:
         self._times = StepTimes()
         self._model = KnobModel([arm.knobs for arm in arms], [arm.predicted_s for arm in arms])
         self._seen: list[Seen] = []
+        self._moment = 0
         self._failed: dict[int, Status] = {}
         self._thoughts: tuple[int, Belief, Array] | None = None
 
     def learn(self, index: int, step: Step, outcome: Outcome) -> None:
         """Take note of what came of a step with arm `index`."""
+        second = self.history and self.history[-1][0].partner == step.arm
+        self._moment = step.number - 1 if second else step.number
         died = self.history and self.history[-1][1].status in DEADLY
         if step.load and died and step.group == self.history[-1][0].group:
             self.reloads += 1
@@ -74,7 +77,8 @@ class Knowledge:
         if outcome.turn_ns is not None and outcome.status == "ok":
             self.ran.add(index)
             if step.rung == "short":
-                self._seen.append(Seen(index, outcome.turn_ns / 1e9, self.spent_s / self._seconds))
+                now, moment = self.spent_s / self._seconds, self._moment
+                self._seen.append(Seen(index, outcome.turn_ns / 1e9, now, moment))
         elif outcome.status != "noisy" or self._too_noisy(index):
             self._failed[index] = outcome.status
         if known != (len(self.ran), len(self._failed)):

@@ -45,7 +45,9 @@ class Arm:
 class Step:
     """Measure `arm` once, a few tokens (`short`) or a turn (`full`).
 
-    `load`: load its group first, and let go of all loaded groups that are not in `keep`.
+    `load`: load its group first, and let go of all loaded groups that are not in `keep`. With a `partner`,
+    the arm of the next step, both are loaded and to be measured at once, so that whatever slows the machine
+    strikes both; the time of each is its own, `Outcome.seconds` half of what both took.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Step:
     rung: Rung
     load: bool
     keep: tuple[str, ...] = ()
+    partner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ FEWEST_SHORT, FULL_PAIRS = 2, 2
 SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads", "cover", "room")
 BELIEVED = 0.9
 
-_Script = Generator[tuple[int, Rung], Outcome, None]
+_Script = Generator[tuple[int, Rung, int | None], Outcome, None]
+"""Arm, rung, and the arm of the next step where the two are measured at once."""
 
 
 class Race:
@@ -87,7 +88,7 @@ class Race:
         self._against: int | None = None
         self._verdict: Verdict | None = None
         self._script = self._run()
-        self._wanted: tuple[int, Rung] | None = next(self._script, None)
+        self._wanted = next(self._script, None)
 
     @property
     def spent_s(self) -> float:
@@ -108,11 +109,13 @@ class Race:
         """What to measure now; None when the race is over. Asking again gives the same."""
         if self._wanted is None:
             return None
-        index, rung = self._wanted
+        index, rung, partner = self._wanted
         arm = self.arms[index]
         known = self._known
         keep = self._company if arm.group in self._company and not known.crowded else (arm.group,)
-        return Step(len(known.history), arm.name, arm.group, rung, arm.group not in known.loaded, keep)
+        beside = None if partner is None else self.arms[partner].name
+        load = arm.group not in known.loaded
+        return Step(len(known.history), arm.name, arm.group, rung, load, keep, beside)
 
     def observe(self, step: Step, outcome: Outcome) -> None:
         """Tell what came of the step that `next` named. Raises ValueError for any other step."""
@@ -242,10 +245,38 @@ class Race:
             if reference and not crowded:
                 block += reference
                 self._chance.shuffle(block)
-            for index in block:
-                if index not in self._known.excluded and crowded == self._known.crowded:
-                    yield index, "short"
+            for members in self._matched(block):
+                if crowded == self._known.crowded:
+                    yield from self._measure(members, "short")
             blocks += 1
+
+    def _matched(self, block: Sequence[int]) -> list[tuple[int, ...]]:
+        """The arms of a block in their order, each with one of another loaded model where there is one."""
+        found: list[tuple[int, ...]] = []
+        left = list(block)
+        while left:
+            one = left.pop(0)
+            other = next((i for i in left if self._can_pair(one, i)), None)
+            if other is not None:
+                left.remove(other)
+            found.append((one,) if other is None else (one, other))
+        return found
+
+    def _can_pair(self, one: int, other: int) -> bool:
+        """Whether two arms run, each on a loaded model of its own: neither is likely to end the other."""
+        groups = {self.arms[one].group, self.arms[other].group}
+        return len(groups) == 2 and groups <= {*self._known.loaded} and {one, other} <= self._known.ran
+
+    def _measure(
+        self, members: Sequence[int], rung: Rung
+    ) -> Generator[tuple[int, Rung, int | None], Outcome, dict[int, Outcome]]:
+        """A step with each of these arms, at once where there are two that can be; what came of them."""
+        told: dict[int, Outcome] = {}
+        paired, crowded = len(members) == 2 and self._can_pair(*members), self._known.crowded
+        for place, index in enumerate(members):
+            if index not in self._known.excluded and crowded == self._known.crowded:
+                told[index] = yield index, rung, members[1] if paired and place == 0 else None
+        return told
 
     def _each(self, group: str, until: float) -> _Script:
         """Every arm of a group once, in an order drawn, until the time is used; a few in any case."""
@@ -256,7 +287,7 @@ class Race:
             in_time = place <= CHALLENGERS or self._known.spent_s < until
             wanted = self.arms[index].baseline or (in_time and self._room(set()) != 0)
             if wanted and index not in self._known.excluded:
-                yield index, "short"
+                yield index, "short", None
 
     def _room(self, block: set[int]) -> int | None:
         """How many arms that never ran the limit of cells leaves, `block` taken off; None without a limit."""
@@ -316,9 +347,9 @@ class Race:
                         i for i in racers if self.arms[i].group in stage and i not in self._known.excluded
                     ]
                     self._chance.shuffle(here)
-                    for index in here:
-                        outcome = yield index, rung
-                        times[index].append(outcome.turn_ns if outcome.status == "ok" else None)
+                    told = yield from self._measure(here, rung)
+                    for index in told:
+                        times[index].append(told[index].turn_ns if told[index].status == "ok" else None)
                     if self._known.crowded and len(stage) > 1:
                         yield from self._duel()
                         return

@@ -25,7 +25,8 @@ from qnext.cli.bench_endpoint import (
 )
 from qnext.cli.bench_records import register
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, make_request, takes_plan_flags
+from qnext.cli.flags import MODEL_HELP, PlanFlags, Tuned, takes_plan_flags
+from qnext.cli.making_request import make_request
 from qnext.cli.output import note, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:

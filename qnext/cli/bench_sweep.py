@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags, workload_named
+from qnext.cli.flags import MODEL_HELP, PlanFlags, takes_plan_flags
+from qnext.cli.making_request import make_request, workload_named
 from qnext.cli.output import note, print_json, print_table, stderr_console
 from qnext.errors import UsageError
 
@@ -231,7 +232,8 @@ def _run(stored: StoredSweep, prepared: Prepared, paths: Paths, *, resumed: bool
 
         def on_step(step: Any, cell: Any) -> None:
             nonlocal doing
-            doing = f"{'loading for' if step.load else 'measuring'} {cell.name} ({step.rung})"
+            beside = f" and {step.partner} by turns" if step.partner else ""
+            doing = f"{'loading for' if step.load else 'measuring'} {cell.name}{beside} ({step.rung})"
             board.tell(doing)
             redraw()
 

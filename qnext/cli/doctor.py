@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qnext.cli.flags import PlanFlags, make_request, takes_plan_flags, workload_named
+from qnext.cli.flags import PlanFlags, takes_plan_flags
+from qnext.cli.making_request import make_request, workload_named
 from qnext.cli.output import note, print_json, print_table, progress_bar
 from qnext.errors import UsageError
 

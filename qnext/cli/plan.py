@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnext.cli.fetch import header_bar
-from qnext.cli.flags import MODEL_HELP, PlanFlags, make_request, takes_plan_flags, workload_named
+from qnext.cli.flags import MODEL_HELP, PlanFlags, takes_plan_flags
+from qnext.cli.making_request import make_request, workload_named
 from qnext.cli.output import note, print_json, print_table
 from qnext.errors import UsageError
 

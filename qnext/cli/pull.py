@@ -61,7 +61,8 @@ def pull(
 
     def choose() -> str:
         from qnext.cli.fetch import header_bar
-        from qnext.cli.flags import PlanFlags, make_request
+        from qnext.cli.flags import PlanFlags
+        from qnext.cli.making_request import make_request
         from qnext.pipeline.pulling import choose_here
 
         nonlocal model

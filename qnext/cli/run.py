@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import PlanFlags, Tuned, make_request, takes_plan_flags
+from qnext.cli.flags import PlanFlags, Tuned, takes_plan_flags
+from qnext.cli.making_request import make_request
 from qnext.cli.output import note, print_json, progress_bar, stderr_console
 from qnext.cli.propose import ModelOrBest, propose_model, require_someone
 

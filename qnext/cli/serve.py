@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from qnext.cli.fetch import Yes, with_model_here
-from qnext.cli.flags import PlanFlags, Tuned, make_request, takes_plan_flags, workload_named
+from qnext.cli.flags import PlanFlags, Tuned, takes_plan_flags
+from qnext.cli.making_request import make_request, workload_named
 from qnext.cli.output import note, progress_bar
 from qnext.cli.propose import ModelOrBest, propose_model, require_someone
 from qnext.errors import UsageError

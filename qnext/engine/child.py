@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import threading
+from collections.abc import Callable
 
 from qnext.errors import UsageError
 
 DEFAULT_SILENCE_LIMIT_S = 600.0
+_PR_SET_PDEATHSIG = 1
 
 
 def silence_limit() -> float:
@@ -41,3 +46,21 @@ def child_environment() -> dict[str, str]:
     environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else root
     environment.setdefault("GGML_NO_BACKTRACE", "1")
     return environment
+
+
+def dying_with(parent: int) -> Callable[[], None] | None:
+    """What a child of `parent` does to be killed when the thread that started it ends (prctl(2)).
+
+    Even a stopped child dies then, which cannot notice that its pipes close. None where there is no such
+    thing: only Linux has it.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import signal
 import subprocess
@@ -41,12 +42,16 @@ class EngineProcess:
 
     Use as a context manager; `close` always leaves no process behind. `environment` entries are added to the
     child's environment; `LLAMA_ARG_*` never reaches it. `silence_limit_s` ends a child that sends nothing for
-    that long while it works (default 600, or QNEXT_ENGINE_TIMEOUT). Raises EngineError when the child cannot
-    be started.
+    that long while it works (default 600, or QNEXT_ENGINE_TIMEOUT). A `bound` child ends with the thread that
+    starts it even when it is stopped (Linux). Raises EngineError when the child cannot be started.
     """
 
     def __init__(
-        self, *, environment: dict[str, str] | None = None, silence_limit_s: float | None = None
+        self,
+        *,
+        environment: dict[str, str] | None = None,
+        silence_limit_s: float | None = None,
+        bound: bool = False,
     ) -> None:
         self._silence_limit_s = silence_limit() if silence_limit_s is None else silence_limit_s
         self._log = ChildLog()
@@ -56,7 +61,10 @@ class EngineProcess:
         self._ended_because: str | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qnext.engine.llama.worker"],
+                [
+                    *(sys.executable, "-P", "-m", "qnext.engine.llama.worker"),
+                    *([str(os.getpid())] if bound else []),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

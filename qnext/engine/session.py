@@ -134,6 +134,7 @@ class EngineSession(EngineProcess):
 
         Returns
         - depth_ns: time to evaluate the depth, None when there is none or its state was put back;
+        - began_ns: when the prefill began, on `time.perf_counter_ns` of the child (on Linux also ours);
         - prefill_ns: from the first prompt token until the last is computed; `prompt`: tokens evaluated;
         - token_ns: one time per decode step: sampling a token, evaluating it, waiting until it is computed;
         - tokens: the ids of those tokens, of which the first comes out of the prefill;

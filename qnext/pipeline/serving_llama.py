@@ -6,12 +6,9 @@ It reads no pipe of ours that would tell it of our end, so on Linux the kernel i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import BinaryIO, cast
 
 import psutil
 
-from qnext.engine.child import child_environment
+from qnext.engine.child import child_environment, dying_with
 from qnext.engine.child_log import ChildLog
 from qnext.engine.crash import EngineCrashError, explain_exit
 from qnext.errors import EngineError, UsageError
@@ -30,7 +27,6 @@ from qnext.plan.plan import Plan
 _LOOK_S = 0.1
 _ASK_LIMIT_S = 2.0
 _KEY_VARIABLE = "LLAMA_API_KEY"
-_PR_SET_PDEATHSIG = 1
 
 
 class LlamaServer:
@@ -128,7 +124,7 @@ class LlamaServer:
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=_dying_with(os.getpid()),
+                preexec_fn=dying_with(os.getpid()),
             )
         except OSError as error:
             raise EngineError(
@@ -184,17 +180,3 @@ class LlamaServer:
             if not self._reader.is_alive() and self._process is not None and self._process.stdout is not None:
                 self._process.stdout.close()
             self._reader = None
-
-
-def _dying_with(parent: int) -> Callable[[], None] | None:
-    """What a child does before it becomes llama-server: ask to be killed when `parent` dies (prctl(2))."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask

@@ -1,9 +1,10 @@
 """Measures one cell: the engine brought to its state, a turn of text that no cache has seen, what came of it.
 
 A child lives as long as its weights are wanted, beside another where both have room: a cell with other
-threads, ubatch, cache or flash attention gets a new context on the loaded model. Whatever the engine does,
-dying included, becomes a status with a reason; only what no other cell could survive (an RPC worker that went
-away, a missing model) is raised.
+threads, ubatch, cache or flash attention gets a new context on the loaded model. Two cells with weights in
+memory can be measured at once, each stopped while the other computes. Whatever the engine does, dying
+included, becomes a status with a reason; only what no other cell could survive (an RPC worker that went away,
+a missing model) is raised.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from __future__ import annotations
 import logging
 import re
 import statistics
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self, cast
+
+import psutil
 
 from qnext.bench.prompts import PromptMaker
 from qnext.bench.race_values import Status as RaceStatus
@@ -21,6 +27,7 @@ from qnext.engine.crash import EngineCrashError
 from qnext.engine.log_reader import BufferSize, allocated_devices, read_buffer_sizes
 from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
+from qnext.engine.turns import Span, in_turns, running_ns
 from qnext.hardware.nvml import read_nvml
 from qnext.pipeline.sweep_values import Cell, Objective, RungSize, objective_seconds
 from qnext.plan.placement import Problem
@@ -105,17 +112,49 @@ class SweepEngine:
         EngineCrashError when an RPC worker or the model is gone.
         """
         try:
-            return self._measure(cell, size, number, limit_s, keep)
+            facts, wrong = self._prepare(cell, keep)
+            if wrong:
+                return Taken("confounded", wrong, facts=facts)
+            return self._read(self._turn(cell, size, number, limit_s), size, limit_s, facts)
         except EngineCrashError as error:
-            if error.kind in ("rpc_lost", "missing"):
-                raise
-            if error.kind != "refused" or any(group != cell.group for group in self._loaded):
-                self.close()  # all of them: it may have died of the other one's memory
-            elif cell.group in self._loaded:
-                self._loaded[cell.group].cell = None
-            for line in error.log_tail:
-                logger.info("  | %s", line)
-            return self._failed(cell, error)
+            return self._lost(cell, error)
+
+    def measure_both(
+        self, cells: Sequence[Cell], size: RungSize, number: int, limit_s: float
+    ) -> tuple[Taken, Taken]:
+        """The same of two cells with weights of their own, at once: each computes while the other is stopped.
+
+        What slows the machine then strikes both. Times are those that each had the processor. Where processes
+        cannot be bound to this one (all but Linux) the two are measured one after the other. Where one dies,
+        that is what both tell. Raises as `measure` does.
+        """
+        groups = [cell.group for cell in cells]
+        if sys.platform != "linux":
+            one, other = (self.measure(cell, size, number, limit_s, groups) for cell in cells)
+            return one, other
+        told: list[Message] = [{} for _ in cells]
+        prepared: list[tuple[dict[str, Any], str]] = []
+
+        def run(place: int) -> None:
+            told[place] = self._turn(cells[place], size, number, 2 * limit_s)
+
+        at = cells[0]
+        try:
+            for at in cells:
+                prepared.append(self._prepare(at, groups))
+            members = [[psutil.Process(self._loaded[cell.group].session.pid)] for cell in cells]
+            turns = in_turns(members, [partial(run, place) for place in (0, 1)], self.close)
+        except EngineCrashError as error:
+            at = next((cell for cell, facts in zip(cells, told, strict=True) if not facts), at)
+            lost = self._lost(at, error)
+            return lost, lost
+        one, other = (
+            Taken("confounded", wrong, facts=facts)
+            if wrong
+            else self._read(_without_stops(mine, own), size, limit_s, facts, statistics.fmean)
+            for mine, own, (facts, wrong) in zip(told, turns, prepared, strict=True)
+        )
+        return one, other
 
     def close(self) -> None:
         """End the children."""
@@ -133,22 +172,9 @@ class SweepEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _measure(
-        self, cell: Cell, size: RungSize, number: int, limit_s: float | None, keep: Collection[str]
-    ) -> Taken:
-        facts: dict[str, Any] = {}
-        active = self._prepare(cell, keep)
+    def _turn(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Message:
+        """The turn on the cell's context, with what its GPUs said right after it."""
         session = self._loaded[cell.group].session
-        if active is not None and cell.name not in self._checked:
-            sizes = read_buffer_sizes(session.size_lines)
-            wrong = self._not_as_asked(cell, active, sizes)
-            facts = {
-                "active": active,
-                "allocated": [asdict(device) for device in self._allocated(cell, sizes)],
-            }
-            if wrong:
-                return Taken("confounded", wrong, facts=facts)
-            self._checked.add(cell.name)
         depth = self._depth_tokens(session, size.depth)
         prompt = self._tokens(session, size.prompt, PromptMaker(self._seed * 1_000_003 + number + 1))
         told = session.turn(
@@ -159,14 +185,40 @@ class SweepEngine:
             depth_limit_s=self._depth_limit_s,
         )
         if any(name.startswith("CUDA") for name in cell.placement.devices):
-            facts["gpus"] = _gpu_figures()
-        return self._read(told, size, limit_s, facts)
+            told["gpus"] = _gpu_figures()
+        return told
 
-    def _prepare(self, cell: Cell, keep: Collection[str]) -> Message | None:
+    def _lost(self, cell: Cell, error: EngineCrashError) -> Taken:
+        """What a death of the engine says of a cell; raises what concerns every cell."""
+        if error.kind in ("rpc_lost", "missing"):
+            raise error
+        if error.kind != "refused" or any(group != cell.group for group in self._loaded):
+            self.close()  # all of them: it may have died of the other one's memory
+        elif cell.group in self._loaded:
+            self._loaded[cell.group].cell = None
+        for line in error.log_tail:
+            logger.info("  | %s", line)
+        return self._failed(cell, error)
+
+    def _prepare(self, cell: Cell, keep: Collection[str]) -> tuple[dict[str, Any], str]:
+        """Make the cell's context the active one: facts of it, once per cell, and what is not as asked."""
+        active = self._activate(cell, keep)
+        if active is None or cell.name in self._checked:
+            return {}, ""
+        sizes = read_buffer_sizes(self._loaded[cell.group].session.size_lines)
+        allocated = [asdict(device) for device in self._allocated(cell, sizes)]
+        wrong = self._not_as_asked(cell, active, sizes)
+        if not wrong:
+            self._checked.add(cell.name)
+        return {"active": active, "allocated": allocated}, wrong
+
+    def _activate(self, cell: Cell, keep: Collection[str]) -> Message | None:
         """Load the weights, or make a new context on them; what is active then, None if nothing changed."""
         if not self.ready(cell):
             self._keep([group for group in keep if group != cell.group])
-            session = EngineSession(environment=dict(cell.environment), silence_limit_s=self._silence_limit_s)
+            session = EngineSession(
+                environment=dict(cell.environment), silence_limit_s=self._silence_limit_s, bound=True
+            )
             try:
                 active = session.open(self._model, cell.placement, on_progress=self._on_load)
             except BaseException:
@@ -182,7 +234,19 @@ class SweepEngine:
         loaded.cell = cell
         return {name: active.get(name) for name in _ACTIVE}
 
-    def _read(self, told: Message, size: RungSize, limit_s: float | None, facts: dict[str, Any]) -> Taken:
+    def _read(
+        self,
+        told: Message,
+        size: RungSize,
+        limit_s: float | None,
+        facts: dict[str, Any],
+        usual: Callable[[Sequence[int]], float] = statistics.median,
+    ) -> Taken:
+        """`usual` makes one time of the decode steps. The median of few: one that waited for another program
+        says nothing of the setting. Of a turn with stops the mean: each has a stop in it or has none.
+        """
+        if "gpus" in told:
+            facts = {**facts, "gpus": told["gpus"]}
         token_ns = tuple(cast("list[int]", told["token_ns"]))
         prefill_ns = cast("int | None", told["prefill_ns"])
         status: Status = "ok"
@@ -194,9 +258,8 @@ class SweepEngine:
             if high - low > NOISY_SPREAD * middle:
                 status, because = "noisy", f"half of the steps took {low / 1e6:.1f} to {high / 1e6:.1f} ms"
         if status == "ok" and prefill_ns is not None and token_ns:
-            # The median of few steps: one that waited for another program says nothing of the setting.
             prefill_s = prefill_ns / 1e9 / size.prompt
-            decode_s = statistics.median(token_ns) / 1e9
+            decode_s = usual(token_ns) / 1e9
             turn_ns = round(1e9 * objective_seconds(self._objective, self._workload, prefill_s, decode_s))
         return Taken(
             status,
@@ -268,6 +331,20 @@ class SweepEngine:
         while len(found) < count:
             found += session.tokenize(" ".join(maker.words(count - len(found) + 4)))
         return found[:count]
+
+
+def _without_stops(told: Message, turns: Sequence[Span]) -> Message:
+    """A turn's times with what the child lay still taken off."""
+    prefill_ns = cast("int | None", told["prefill_ns"])
+    if prefill_ns is None:
+        return told
+    began = cast(int, told["began_ns"])
+    steps = accumulate(cast("list[int]", told["token_ns"]), initial=began + prefill_ns)
+    return {
+        **told,
+        "prefill_ns": running_ns(turns, began, began + prefill_ns),
+        "token_ns": [running_ns(turns, *step) for step in pairwise(steps)],
+    }
 
 
 def _gpu_figures() -> list[dict[str, Any]]:

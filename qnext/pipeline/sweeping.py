@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qnext.bench.race_values import Outcome, Result, Step
-from qnext.bench.racing import Race
+from qnext.bench.racing import SETTINGS, Race
 from qnext.config import Paths
 from qnext.engine.child import silence_limit
 from qnext.engine.crash import EngineCrashError
@@ -165,17 +165,12 @@ class _Driver:
         self._begun: int | None = None
         self._ran = {one.cell for one in sweep.measurements if one.status == "ok"}
         self._fastest: dict[str, float] = {}
+        self._second: tuple[int, Taken, float] | None = None
         settings = self._settings
         self.race = Race.restore(
             [cell.arm() for cell in prepared.live],
             {
-                "seconds": settings.seconds,
-                "cells": settings.cells,
-                "seed": settings.seed,
-                "confidence": settings.confidence,
-                "max_loads": settings.max_loads,
-                "cover": settings.cover,
-                "room": settings.room,
+                **{name: getattr(settings, name) for name in SETTINGS},
                 "outcomes": [
                     {
                         "arm": prepared.cells[one.cell].name,
@@ -216,20 +211,18 @@ class _Driver:
     def _take(self, engine: SweepEngine, step: Step, cell: Cell) -> None:
         """One step: its row first where it may not come back, then the measurement, then its outcome."""
         settings, place = self._settings, self._places[cell.name]
-        began, started = utc_now(), time.monotonic()
+        began = utc_now()
         risky = not engine.ready(cell) or place not in self._ran
         if risky:
             self._store.begin(self._sweep.id, step.number, place, step.rung)
         try:
             if settings.cooldown_s:
                 time.sleep(settings.cooldown_s)
-            size, limit_s = self._size(cell, step.rung), self._limit_s(cell, step)
-            taken = engine.measure(cell, size, step.number, limit_s, step.keep)
+            taken, seconds = self._measure(engine, step, cell)
         except (KeyboardInterrupt, EngineCrashError):
             if risky:
                 self._store.forget(self._sweep.id, step.number)
             raise
-        seconds = time.monotonic() - started
         if taken.status == "ok":
             self._ran.add(place)
             busy = (taken.prefill_ns or 0) + sum(taken.token_ns)
@@ -238,6 +231,25 @@ class _Driver:
         if self._watch.on_measured is not None:
             progress = Progress(step.number, cell, step.rung, taken, seconds, self.race.spent_s, self.race)
             self._watch.on_measured(progress)
+
+    def _measure(self, engine: SweepEngine, step: Step, cell: Cell) -> tuple[Taken, float]:
+        """What the step gave and the seconds it took; what came of its partner waits for the next step."""
+        second, self._second = self._second, None
+        if second is not None and second[0] == step.number:
+            return second[1:]
+        started = time.monotonic()
+        size, limit_s = self._size(cell, step.rung), self._limit_s(cell, step)
+        if step.partner is None:
+            taken = engine.measure(cell, size, step.number, limit_s, step.keep)
+            return taken, time.monotonic() - started
+        partner = self._prepared.cells[self._places[step.partner]]
+        size = max(size, self._size(partner, step.rung), key=lambda one: one.prompt)
+        limit_s = max(limit_s, self._limit_s(partner, step))
+        taken, other = engine.measure_both((cell, partner), size, step.number, limit_s)
+        seconds = (time.monotonic() - started) / 2
+        if engine.ready(partner):  # else one of them died, and the next step is another one
+            self._second = step.number + 1, other, seconds
+        return taken, seconds
 
     def _observe(self, step: Step, place: int, taken: Taken, seconds: float, began: str) -> None:
         done = Measurement(

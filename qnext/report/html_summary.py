@@ -61,7 +61,7 @@ def comparisons_of(
             found.append(Comparison(label, "chosen", "this is the chosen configuration"))
         elif told.get("word") is None:
             why = (
-                "no pairs were measured"
+                "no time was left for it"
                 if cell.status == "ok"
                 else f"{cell.status}: {redact_text(cell.because)}"
             )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qnext.report.words import digits, plural, shell_lines, speed, workload_words
+from qnext.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,11 +163,24 @@ def dry_run_view(prepared: Prepared) -> Group:
             f"after {settings.full.depth:,}; the turn is {workload_words(settings.workload)}."
         ),
     ]
+    if (room := _two_at_once(live, settings.room)) is not None:
+        parts.append(Text(room))
     refused = [cell for cell in prepared.cells if cell.status]
     if refused:
         parts += [Text(), Text("never run", style="bold")]
         parts += [Text(f"{cell.name}: {cell.status}, {cell.because}", style="dim") for cell in refused]
     return Group(*parts)
+
+
+def _two_at_once(cells: Sequence[Cell], room: int) -> str | None:
+    """Says so where two ways to load the model have room in memory together."""
+    bytes_of = sorted({cell.group: cell.host_bytes for cell in cells}.values())
+    if len(bytes_of) < 2 or not 0 < sum(bytes_of[:2]) <= room:
+        return None
+    return (
+        f"Memory has room for the model twice ({format_bytes(sum(bytes_of[:2]))}): two ways to load it are "
+        "compared in turns of a tenth of a second, so that whatever slows the machine strikes both."
+    )
 
 
 def sweep_view(end: SweepEnd, width: int = 80) -> Group:
@@ -217,7 +231,7 @@ def verdict_lines(end: SweepEnd) -> list[str]:
             lines.append(f"{label}: this is the winner; nothing was shown to be faster")
         elif verdict is None:
             baseline = end.of_role(role)
-            why = baseline.status if baseline is not None and baseline.status != "ok" else "no pairs"
+            why = baseline.status if baseline is not None and baseline.status != "ok" else "no time was left"
             lines.append(f"against {label}: not tested ({why})")
         else:
             lines.append(f"against {label}: {_verdict_words(verdict)}")

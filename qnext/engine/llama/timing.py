@@ -84,6 +84,7 @@ class _Turn:
     """What has been timed so far."""
 
     depth_ns: int | None = None
+    began_ns: int = 0
     prefill_ns: int | None = None
     prompt: int = 0
     token_ns: list[int] = field(default_factory=list)
@@ -147,14 +148,14 @@ def _take_depth(context: Context, depths: DepthStates, tokens: Sequence[int]) ->
 
 def _prefill(context: Context, done: _Turn, tokens: Sequence[int]) -> None:
     before = len(context.memory.tokens)
-    started = time.perf_counter_ns()
+    done.began_ns = time.perf_counter_ns()
     try:
         context.decode_in_batches(tokens)
     except OutOfTime:
         context.synchronize()
         raise
     finally:
-        done.prefill_ns = time.perf_counter_ns() - started
+        done.prefill_ns = time.perf_counter_ns() - done.began_ns
         done.prompt = context.memory.evaluated - before
 
 

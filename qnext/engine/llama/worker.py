@@ -1,9 +1,10 @@
 """The engine child: reads requests on standard input, drives llama.cpp, answers on its real standard output.
 
-Run as `python -m qnext.engine.llama.worker`. Two threads: this one does the work, the other reads requests,
-so that a cancel is seen while a decode runs, and ends the process when the parent's end of the pipe closes.
-The parent thereby takes the child with it however it dies, `kill -9` included. No core file is left behind a
-crash: it would hold the whole model.
+Run as `python -m qnext.engine.llama.worker [PARENT]`; with the parent's process id it is bound to it (see
+`EngineProcess`). Two threads: this one does the work, the other reads requests, so that a cancel is seen
+while a decode runs, and ends the process when the parent's end of the pipe closes. The parent thereby takes
+the child with it however it dies, `kill -9` included. No core file is left behind a crash: it would hold the
+whole model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
+from qnext.engine.child import dying_with
 from qnext.engine.llama.binding import EngineFailure
 from qnext.engine.llama.runtime import Runtime
 from qnext.engine.llama.signals import Cancelled
@@ -61,6 +63,9 @@ class Channel:
 
 def main() -> None:
     """Serve requests until the parent goes away."""
+    for parent in sys.argv[1:]:
+        if (bind := dying_with(int(parent))) is not None:
+            bind()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _forbid_core_files()
