@@ -1,7 +1,8 @@
-"""scripts/claims [NAME…] [--list] [--json]: measure the claims, a line each.
+"""scripts/claims [NAME…] [--list] [--json] [--record]: measure the claims, a line each.
 
-NAME may end in `*`. Status 1 when a claim does not hold or its measurement failed; a claim that cannot be
-measured on this machine says why and does not count as held.
+NAME may end in `*`; `--record` writes what was measured to claims/FIGURES.md. Status 1 when a claim does not
+hold or its measurement failed; a claim that cannot be measured on this machine says why and does not count as
+held.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from claims import CannotMeasure, Claim, Figure, all_claims
+from claims._record import record, write
 from qnext.errors import QnextError
 
 
@@ -23,6 +25,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these; may end in *")
     parser.add_argument("--list", action="store_true", help="show names, bars and durations, measure nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--record", action="store_true", help="write what was measured to claims/FIGURES.md")
     options = parser.parse_args()
     known = all_claims()
     unknown = [name for name in options.names if not any(fnmatch.fnmatch(c.name, name) for c in known)]
@@ -34,11 +37,17 @@ def main() -> int:
             print(f"{one.name:28}  {one.bar:44}  {one.minutes:4.1f} min  {one.what}")
         return 0
     machine = describe_machine()
-    verdicts = [_measure(one, machine, as_json=options.json) for one in asked]
+    verdicts = []
+    for one in asked:
+        verdict, row = _measure(one, machine, as_json=options.json)
+        verdicts.append(verdict)
+        if options.record and verdict in ("holds", "DOES NOT HOLD", "no bar"):
+            write(row, known)
     return 1 if {"DOES NOT HOLD", "failed"} & set(verdicts) else 0
 
 
-def _measure(one: Claim, machine: str, *, as_json: bool) -> str:
+def _measure(one: Claim, machine: str, *, as_json: bool) -> tuple[str, str]:
+    """Print what a claim gives; its verdict, and its row of claims/FIGURES.md."""
     print(f"measuring {one.name} (about {one.minutes:g} min) …", file=sys.stderr, flush=True)
     figure: Figure | None = None
     try:
@@ -60,7 +69,7 @@ def _measure(one: Claim, machine: str, *, as_json: bool) -> str:
     else:
         shown = f"{figure.value:.4g} {figure.unit}" if figure else "-"
         print(" | ".join((one.name, shown, one.bar, verdict, detail or "-", machine)), flush=True)
-    return verdict
+    return verdict, record(one, figure, verdict, detail, machine)
 
 
 def describe_machine() -> str:

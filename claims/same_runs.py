@@ -1,8 +1,9 @@
 """How often equal things are called different: pairs of equal benchmark runs, and pairs of equal series.
 
 Both on the real engine with the demo model, while whatever else the machine does goes on. `same-runs` is what
-`qnext bench compare` says of two runs of `qnext bench run`; `same-turns` what a sweep's duel says of two
-settings that are one setting, measured in turns whose order is drawn.
+`qnext bench compare` says of two runs of `qnext bench run`, first where the store knows no others, then with
+those before; `same-turns` what a sweep's duel says of two settings that are one setting, measured in turns
+whose order is drawn.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from qnext.bench.verdict import compare_paired
 from qnext.config import Paths
 from qnext.models.synth import make_demo
 from qnext.pipeline.benching import BenchWatch, run_bench
-from qnext.pipeline.comparing_records import compare_records
+from qnext.pipeline.comparing_records import compare_stored
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_setup import prepare_sweep
 from qnext.pipeline.sweep_values import Grid
 from qnext.plan.values import Workload
+from qnext.store.results import ResultStore
 
 PAIRS, MOST = 40, 2
 TESTS, REPETITIONS = (Scenario(256, 0), Scenario(0, 64)), 8
@@ -39,16 +41,19 @@ TURNS = 16
 def measure_runs() -> Figure:
     with tempfile.TemporaryDirectory(prefix="qnext-claims-") as folder:
         request, paths = _demo(Path(folder))
-        runs = [
-            run_bench(request, list(TESTS), REPETITIONS, paths, say, sys.argv, BenchWatch())
-            for _ in range(2 * PAIRS)
-        ]
-    different, furthest = 0, 1.0
-    for one, other in zip(runs[::2], runs[1::2], strict=True):
-        found = compare_records(one, other)
-        different += any(test.word != "no difference shown" for test in found.tests)
-        furthest = max([furthest, *(max(test.ratio, 1 / test.ratio) for test in found.tests)])
+        store, called, furthest = ResultStore(paths.results_db), list[int](), 1.0
+        for number in range(PAIRS):
+            one, other = (
+                run_bench(request, list(TESTS), REPETITIONS, paths, say, sys.argv, BenchWatch())
+                for _ in range(2)
+            )
+            found = compare_stored(store, one, other)
+            if any(test.word != "no difference shown" for test in found.tests):
+                called.append(number + 1)
+            furthest = max([furthest, *(max(test.ratio, 1 / test.ratio) for test in found.tests)])
+    different = len(called)
     detail = f"{PAIRS} pairs, two tests each of {REPETITIONS} samples; furthest apart {furthest:.3f} x"
+    detail += f"; called different: pairs {', '.join(map(str, called))}" if called else ""
     return Figure(different, f"of {PAIRS}", different <= MOST, detail)
 
 

@@ -70,7 +70,7 @@ def compare(
     """
     from qnext.config import find_paths
     from qnext.errors import UsageError
-    from qnext.pipeline.comparing_records import compare_records, find_baseline
+    from qnext.pipeline.comparing_records import compare_stored, find_baseline
     from qnext.pipeline.tuned import tuned_records
     from qnext.report.compare_view import compare_to_dict, compare_view
     from qnext.store.results import ResultStore
@@ -97,9 +97,7 @@ def compare(
         candidate = store.get(ids[0]) if ids else newest[0]
         profiles = {} if against == "last" else tuned_records(paths)
         baseline = find_baseline(store, candidate, against, profiles)
-    kin = {record.id: record for side in (baseline, candidate) for record in store.kin(side)}
-    others = [record for name, record in kin.items() if name not in (baseline.id, candidate.id)]
-    found = compare_records(baseline, candidate, others, knobs or [])
+    found = compare_stored(store, baseline, candidate, knobs or [])
     if json_output:
         print_json(compare_to_dict(found))
     else:

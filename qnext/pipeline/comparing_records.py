@@ -4,6 +4,7 @@ Samples of one run say nothing of what changes from one start to the next: where
 machine was, who else worked. So the interval of the samples alone would call two equal runs different now and
 then (on a machine shared with other work, 24 of 82). A difference is shown here only where the interval lies
 beyond what equal runs differ by: 3 %, or what the records of this machine show, if that is more (2 of 82).
+Where no records tell, how far apart the samples of one run lie stands for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import combinations
 from math import ceil, exp, log
 from typing import Literal
 
-from qnext.bench.statistics import UnpairedRatio, unpaired_ratio
+from qnext.bench.statistics import UnpairedRatio, relative_spread, unpaired_ratio
 from qnext.errors import UsageError
 from qnext.plan.values import Placement
 from qnext.store import differences
@@ -63,8 +64,8 @@ class TestComparison:
     """One test of both records: median speeds, and how much faster the second is.
 
     `ratio` is candidate over baseline, `interval` None without samples on a side. `equal_runs` is how far
-    apart runs of one configuration lie here (0.03 is 3 %), `assumed` where no records tell. `why` explains a
-    word that shows nothing.
+    apart runs of one configuration lie here (0.03 is 3 %), `assumed` from their samples where no records
+    tell. `why` explains a word that shows nothing.
     """
 
     __test__ = False  # keeps pytest from collecting it
@@ -129,6 +130,15 @@ def compare_records(
             )
         ),
     )
+
+
+def compare_stored(
+    store: ResultStore, baseline: Record, candidate: Record, knobs: Sequence[str] = ()
+) -> RecordComparison:
+    """`compare_records` with all that the store knows of equal runs here."""
+    kin = {record.id: record for side in (baseline, candidate) for record in store.kin(side)}
+    others = [record for name, record in kin.items() if name not in (baseline.id, candidate.id)]
+    return compare_records(baseline, candidate, others, knobs)
 
 
 def find_baseline(
@@ -216,7 +226,8 @@ def check_knob(text: str) -> str:
 
 
 def _compare(a: TestResult, b: TestResult, noise: float | None) -> TestComparison:
-    equal_runs = max(EQUAL_RUNS, noise or 0.0)
+    apart = _samples_apart(a, b) if noise is None else noise
+    equal_runs = max(EQUAL_RUNS, apart)
     ratio, interval, why = b.median_tps / a.median_tps, None, ""
     word: Word = "no difference shown"
     if not a.samples_ns or not b.samples_ns:
@@ -236,6 +247,11 @@ def _compare(a: TestResult, b: TestResult, noise: float | None) -> TestCompariso
         word=word,
         why=why,
     )
+
+
+def _samples_apart(a: TestResult, b: TestResult) -> float:
+    """How far apart the samples of one run lie, of the two the worse: runs lie no closer than samples."""
+    return max((relative_spread(test.samples_ns) for test in (a, b) if test.samples_ns), default=0.0)
 
 
 def _verdict(interval: UnpairedRatio, equal_runs: float) -> tuple[Word, str]:

@@ -122,8 +122,8 @@ def _footnotes(tests: tuple[TestComparison, ...]) -> list[str]:
         lines.append("Fewer than 5 samples on each side show nothing at 99 %: measure with -r 5.")
     if assumed:
         lines.append(
-            "How far equal runs differ on this machine is not known, 3 % is taken: measure one of the two "
-            "three times, and it will be."
+            "How far equal runs differ on this machine is not known; taken is how far the samples of one run "
+            "do, 3 % at least: measure one of the two three times, and it will be known."
         )
     return lines
 

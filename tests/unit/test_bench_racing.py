@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from functools import cache
+from math import exp
 from statistics import mean
 
 import pytest
@@ -131,9 +132,30 @@ def test_models_with_room_at_once_are_loaded_once_and_measured_side_by_side() ->
     steps = finish(race, random.Random(1))
     assert race.result().winner == "t8 ub512 ncmoe10"
     assert race.loads == 2
-    both_from = max(step.number for step in steps if step.load)
-    neighbours = zip(steps[both_from:], steps[both_from + 1 :], strict=False)
-    assert sum(one.group != other.group for one, other in neighbours) > len(steps) / 10
+    for step in steps:
+        if step.partner is not None:
+            other = steps[step.number + 1]
+            assert (other.arm, other.partner, other.load) == (step.partner, None, False)
+            assert other.group != step.group and not step.load
+    duel = [step for step in steps if step.rung == "full"]
+    assert [step.partner is not None for step in duel] == [True, False] * (len(duel) // 2)
+
+
+def test_what_slows_two_measured_at_once_does_not_hide_which_is_faster() -> None:
+    """Each moment is up to a half slower or faster than the one before; the difference is 4 %."""
+    arms = [replace(arm, host_bytes=1) for arm in small_arms() if arm.knobs["ubatch"] == 256]
+    winners = []
+    for seed in range(10):
+        race, chance, mood = Race(arms, seconds=300, seed=seed, room=2), random.Random(seed), 0.0
+        second = False
+        while (step := race.next()) is not None:
+            mood = mood if second else chance.gauss(0, 0.25)
+            second = step.partner is not None
+            own = 0.96 if step.group == "ncmoe10" else 1.0
+            took = 10e9 * own * exp(mood + chance.gauss(0, 0.01))
+            race.observe(step, Outcome("ok", round(took), 2.0 + 5 * step.load))
+        winners.append(race.result().winner or "")
+    assert sum(winner.endswith("ncmoe10") for winner in winners) >= 9
 
 
 def test_what_dies_beside_another_model_is_tried_again_alone() -> None:
@@ -176,6 +198,15 @@ def test_a_race_resumes_at_any_moment_with_the_steps_it_would_have_taken() -> No
         state = json.loads(json.dumps({**whole.state(), "outcomes": outcomes[:cut]}))
         assert Race.restore(small_arms(), state).next() == steps[cut]
     assert Race.restore(small_arms(), whole.state()).result() == whole.result()
+
+
+def test_a_race_is_resumed_between_the_two_of_a_pair_too() -> None:
+    whole = Race(roomy_arms(), seconds=200, seed=5, room=2)
+    steps = finish(whole, random.Random(2))
+    state = whole.state()
+    cut = next(step.number for step in steps if step.partner) + 1
+    again = Race.restore(roomy_arms(), {**state, "outcomes": state["outcomes"][:cut]})
+    assert again.next() == steps[cut]
 
 
 def test_observations_of_another_sweep_are_refused() -> None:
