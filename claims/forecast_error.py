@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -276,23 +277,31 @@ def _ratios(
 def _by_turns(
     models: Sequence[RunningModel], members: Sequence[Sequence[psutil.Process]], test: Test, number: int
 ) -> list[float]:
-    """Ns per token of each: the median of its runs until the time is over, its own turns alone counted."""
+    """Ns per token of each, its own turns alone counted, over the same moments: means, as medians of many
+    short runs and of few long ones would not take the same from a slow moment.
+
+    The second repeats its run until the time is over, the first until the second's last run is.
+    """
     prompt, generate = (PROMPT, 0) if test == "prefill" else (0, PAIRED_GENERATE)
     deadline = time.monotonic() + SECONDS[test]
     runs: list[list[tuple[int, int]]] = [[] for _ in models]
+    over = threading.Event()
 
     def run(side: int) -> None:
-        while not all(runs) or time.monotonic() < deadline:
-            began, seed = time.perf_counter_ns(), 1000 * number + len(runs[side])
-            for _ in models[side].session.bench(
-                prompt=prompt, generate=generate, depth=0, repetitions=1, warmup=False, seed=seed
-            ):
-                pass
-            runs[side].append((began, time.perf_counter_ns()))
+        try:
+            while not over.is_set() and (side == 0 or time.monotonic() < deadline):
+                began, seed = time.perf_counter_ns(), 1000 * number + len(runs[side])
+                for _ in models[side].session.bench(
+                    prompt=prompt, generate=generate, depth=0, repetitions=1, warmup=False, seed=seed
+                ):
+                    pass
+                runs[side].append((began, time.perf_counter_ns()))
+        finally:
+            over.set()
 
     turns = in_turns(members, [partial(run, side) for side in range(len(models))])
     return [
-        statistics.median(running_ns(turns[side], *one) for one in runs[side]) / (prompt + generate)
+        statistics.fmean(running_ns(turns[side], *one) for one in runs[side]) / (prompt + generate)
         for side in range(len(models))
     ]
 
