@@ -5,8 +5,8 @@ where it is loaded, the best known arm, and challengers, each drawn with the cha
 (Thompson 1933). A model of knob effects (`knob_model`) turns every measurement into news about all arms, so
 arms that cannot win are never measured and contenders often. A model is loaded once on the way up through the
 placements, and the most promising ones once more on the way down, which cancels what drifts with time. Where
-two models have `room` in memory at once, each is measured beside the first baseline's, then the two most
-promising ones beside each other, so that a slow minute falls on both. The **duel** then compares the one
+two models have `room` in memory at once, arms of one are measured together with arms of the other, so that
+what slows the machine falls on both: first with the first baseline's, then those of the two most promising. The **duel** then compares the one
 challenger with the baselines on fresh pairs, since an arm picked as the best of many looks better than it is.
 It wins by a verdict of "faster"; or, where the pairs are too few for one, when everything measured together
 makes it BELIEVED likely to be faster and the pairs do not speak against it: then it is the better choice, and
@@ -228,7 +228,7 @@ class Race:
     ) -> _Script:
         """Blocks in loaded models until the time is used or nothing there is worth measuring.
 
-        The baselines of the group `beside` are measured with them where both models have room.
+        The baselines of the group `beside` are measured with each of them where both models have room.
         """
         reference: list[int] = []
         self._company = groups
@@ -243,8 +243,7 @@ class Race:
                 return
             crowded = self._known.crowded
             if reference and not crowded:
-                block += reference
-                self._chance.shuffle(block)
+                block = [member for index in block for member in (index, *reference)]
             for members in self._matched(block):
                 if crowded == self._known.crowded:
                     yield from self._measure(members, "short")
