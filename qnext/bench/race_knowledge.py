@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from math import exp
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -34,8 +34,8 @@ class Knowledge:
     """Arms by index throughout. `excluded` maps an arm that is not to be run to (word, reason).
 
     `loaded` are groups in memory, of which there may be several within `room` bytes, until one died beside
-    another (`crowded`). Loads that replace a dead engine are `reloads`. With `guess` the levels of arms that
-    died speak against others.
+    another (`crowded`); `company` those that are to be there together now. Loads that replace a dead engine
+    are `reloads`. With `guess` the levels of arms that died speak against others.
     """
 
     def __init__(self, arms: Sequence[Arm], *, seconds: float, seed: int, room: int, guess: bool) -> None:
@@ -45,8 +45,9 @@ class Knowledge:
         self.ran: set[int] = set()
         self.excluded: dict[int, tuple[str, str]] = {}
         self.loaded: tuple[str, ...] = ()
+        self.company: tuple[str, ...] = ()
         self.crowded = False
-        self._seconds, self._seed, self._guess = seconds, seed, guess
+        self.seconds, self._seed, self._guess = seconds, seed, guess
         self._times = StepTimes()
         self._model = KnobModel([arm.knobs for arm in arms], [arm.predicted_s for arm in arms])
         self._seen: list[Seen] = []
@@ -77,7 +78,7 @@ class Knowledge:
         if outcome.turn_ns is not None and outcome.status == "ok":
             self.ran.add(index)
             if step.rung == "short":
-                now, moment = self.spent_s / self._seconds, self._moment
+                now, moment = self.spent_s / self.seconds, self._moment
                 self._seen.append(Seen(index, outcome.turn_ns / 1e9, now, moment))
         elif outcome.status != "noisy" or self._too_noisy(index):
             self._failed[index] = outcome.status
@@ -105,6 +106,22 @@ class Knowledge:
             group: max(arm.host_bytes for arm in self.arms if arm.group == group) for group in {*groups}
         }
         return not self.crowded and 0 < sum(largest.values()) <= self.room
+
+    def can_pair(self, one: int, other: int) -> bool:
+        """Whether two arms run, each on a loaded model of its own: neither is likely to end the other."""
+        groups = {self.arms[one].group, self.arms[other].group}
+        return len(groups) == 2 and groups <= {*self.loaded} and {one, other} <= self.ran
+
+    def measure(
+        self, members: Sequence[int], rung: Rung
+    ) -> Generator[tuple[int, Rung, int | None], Outcome, dict[int, Outcome]]:
+        """A step with each of these arms, at once where there are two that can be; what came of them."""
+        told: dict[int, Outcome] = {}
+        paired, crowded = len(members) == 2 and self.can_pair(*members), self.crowded
+        for place, index in enumerate(members):
+            if index not in self.excluded and crowded == self.crowded:
+                told[index] = yield index, rung, members[1] if paired and place == 0 else None
+        return told
 
     def live(self) -> list[int]:
         """Arms that may be run."""

@@ -7,7 +7,7 @@ never ran is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
@@ -70,6 +70,10 @@ class Outcome:
     status: Status
     turn_ns: int | None
     seconds: float
+
+
+Script = Generator[tuple[int, Rung, int | None], Outcome, None]
+"""What a race wants measured: arm, rung, and the arm of the next step where the two are measured at once."""
 
 
 @dataclass(frozen=True, slots=True)

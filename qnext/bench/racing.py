@@ -6,14 +6,8 @@ where it is loaded, the best known arm, and challengers, each drawn with the cha
 arms that cannot win are never measured and contenders often. A model is loaded once on the way up through the
 placements, and the most promising ones once more on the way down, which cancels what drifts with time. Where
 two models have `room` in memory at once, arms of one are measured together with arms of the other, so that
-what slows the machine falls on both: first with the first baseline's, then those of the two most promising. The **duel** then compares the one
-challenger with the baselines on fresh pairs, since an arm picked as the best of many looks better than it is.
-It wins by a verdict of "faster"; or, where the pairs are too few for one, when everything measured together
-makes it BELIEVED likely to be faster and the pairs do not speak against it: then it is the better choice, and
-is not called faster. Rounds of a duel between two models that cannot be loaded at once go there and back for
-the same reason as above; each look at the pairs spends its part of the chance to call an equal arm faster
-(Bonferroni, one-sided), so looking often finds nothing that is not there. Without time for a duel the
-baseline wins.
+what slows the machine falls on both: first with the first baseline's, then those of the two most promising.
+The **duel** (`race_duel`) then compares the one challenger with the baselines on fresh pairs.
 
 All that happens is a function of the seed and the outcomes, written as one generator. A race is therefore
 resumed by telling it its old outcomes again. Optimiser libraries were looked at: Optuna's samplers propose
@@ -24,14 +18,13 @@ scikit-optimize is archived. What is left to take from them is linear algebra, w
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
+from qnext.bench.race_duel import Duel
 from qnext.bench.race_knowledge import Knowledge
-from qnext.bench.race_values import Arm, Outcome, Result, Rung, Step
-from qnext.bench.verdict import SMALLEST_EFFECT, Verdict, compare_paired
+from qnext.bench.race_values import Arm, Outcome, Result, Script, Step
 from qnext.errors import UsageError
 
 MAX_LOADS = 10
@@ -43,14 +36,7 @@ WAY_UP_SHARE = 0.35
 CHALLENGERS = 4
 CHANCE_WORTH_A_LOAD = 0.02
 LOSS_NOT_WORTH_TIME = 0.0005
-DUEL_ROUNDS = 4
-FEWEST_PAIRS, MOST_PAIRS = 8, 60
-FEWEST_SHORT, FULL_PAIRS = 2, 2
 SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads", "cover", "room")
-BELIEVED = 0.9
-
-_Script = Generator[tuple[int, Rung, int | None], Outcome, None]
-"""Arm, rung, and the arm of the next step where the two are measured at once."""
 
 
 class Race:
@@ -82,11 +68,7 @@ class Race:
         self.confidence, self.max_loads, self.cover, self.room = confidence, max_loads, cover, room
         self._chance = random.Random(seed)
         self._known = Knowledge(arms, seconds=seconds, seed=seed, room=room, guess=not cover)
-        self._company: tuple[str, ...] = ()
-        self._winner: int | None = None
-        self._challenger: int | None = None
-        self._against: int | None = None
-        self._verdict: Verdict | None = None
+        self._duel = Duel(self._known, self._chance, confidence=confidence, max_loads=max_loads)
         self._script = self._run()
         self._wanted = next(self._script, None)
 
@@ -112,7 +94,7 @@ class Race:
         index, rung, partner = self._wanted
         arm = self.arms[index]
         known = self._known
-        keep = self._company if arm.group in self._company and not known.crowded else (arm.group,)
+        keep = self._known.company if arm.group in self._known.company and not known.crowded else (arm.group,)
         beside = None if partner is None else self.arms[partner].name
         load = arm.group not in known.loaded
         return Step(len(known.history), arm.name, arm.group, rung, load, keep, beside)
@@ -153,19 +135,19 @@ class Race:
 
     def result(self) -> Result:
         """How the race stands; final once `next` gives None."""
-        best = self._winner if self._winner is not None else self._known.leader()
+        best = self._duel.winner if self._duel.winner is not None else self._known.leader()
         standings = tuple(self._known.standing(i, best) for i in range(len(self.arms)))
 
         def name(index: int | None) -> str | None:
             return None if index is None else self.arms[index].name
 
         likely = None
-        if self._challenger is not None and self._against is not None:
-            likely = self._known.chance_faster(self._challenger, self._against)
-        names = name(best), name(self._challenger), name(self._against)
-        return Result(*names, self._verdict, standings, likely)
+        if self._duel.challenger is not None and self._duel.against is not None:
+            likely = self._known.chance_faster(self._duel.challenger, self._duel.against)
+        names = name(best), name(self._duel.challenger), name(self._duel.against)
+        return Result(*names, self._duel.verdict, standings, likely)
 
-    def _run(self) -> _Script:
+    def _run(self) -> Script:
         home = {arm.group for arm in self.arms if arm.baseline}
         anchor = next(arm.group for arm in self.arms if arm.baseline)
         groups = [group for _, group in sorted({(arm.order, arm.group) for arm in self.arms})]
@@ -197,7 +179,7 @@ class Race:
                 yield from self._visit((group,), until, at_least=1, beside=anchor)
         if self.room and not self.cover:
             yield from self._visit_pairs()
-            yield from self._duel()
+            yield from self._duel.run()
             return
         room = self.max_loads - DUEL_LOADS - self._known.loads + 1
         groups = self._known.most_promising(groups[::-1], max(1, room), set())
@@ -208,9 +190,9 @@ class Race:
             if paid and chances[0] >= CHANCE_WORTH_A_LOAD:
                 share = chances[0] / sum(chances)
                 yield from self._visit((group,), self._known.spent_s + share * left, at_least=0)
-        yield from self._duel()
+        yield from self._duel.run()
 
-    def _visit_pairs(self) -> _Script:
+    def _visit_pairs(self) -> Script:
         """The two most promising models that have room at once; chosen anew at half the time."""
         known = self._known
         for share in (0.5, 1.0):
@@ -225,17 +207,17 @@ class Race:
 
     def _visit(
         self, groups: tuple[str, ...], until: float, at_least: int, beside: str | None = None
-    ) -> _Script:
+    ) -> Script:
         """Blocks in loaded models until the time is used or nothing there is worth measuring.
 
         The baselines of the group `beside` are measured with each of them where both models have room.
         """
         reference: list[int] = []
-        self._company = groups
+        self._known.company = groups
         if beside is not None and beside not in groups and self._known.fits(beside, *groups):
             live = self._known.live()
             reference = [i for i in live if self.arms[i].baseline and self.arms[i].group == beside]
-            self._company = (*groups, beside) if reference else groups
+            self._known.company = (*groups, beside) if reference else groups
         blocks = 0
         while blocks < at_least or (self._known.spent_s < until and self._known.loss() > LOSS_NOT_WORTH_TIME):
             block = self._block(groups)
@@ -246,7 +228,7 @@ class Race:
                 block = [member for index in block for member in (index, *reference)]
             for members in self._matched(block):
                 if crowded == self._known.crowded:
-                    yield from self._measure(members, "short")
+                    yield from self._known.measure(members, "short")
             blocks += 1
 
     def _matched(self, block: Sequence[int]) -> list[tuple[int, ...]]:
@@ -255,29 +237,13 @@ class Race:
         left = list(block)
         while left:
             one = left.pop(0)
-            other = next((i for i in left if self._can_pair(one, i)), None)
+            other = next((i for i in left if self._known.can_pair(one, i)), None)
             if other is not None:
                 left.remove(other)
             found.append((one,) if other is None else (one, other))
         return found
 
-    def _can_pair(self, one: int, other: int) -> bool:
-        """Whether two arms run, each on a loaded model of its own: neither is likely to end the other."""
-        groups = {self.arms[one].group, self.arms[other].group}
-        return len(groups) == 2 and groups <= {*self._known.loaded} and {one, other} <= self._known.ran
-
-    def _measure(
-        self, members: Sequence[int], rung: Rung
-    ) -> Generator[tuple[int, Rung, int | None], Outcome, dict[int, Outcome]]:
-        """A step with each of these arms, at once where there are two that can be; what came of them."""
-        told: dict[int, Outcome] = {}
-        paired, crowded = len(members) == 2 and self._can_pair(*members), self._known.crowded
-        for place, index in enumerate(members):
-            if index not in self._known.excluded and crowded == self._known.crowded:
-                told[index] = yield index, rung, members[1] if paired and place == 0 else None
-        return told
-
-    def _each(self, group: str, until: float) -> _Script:
+    def _each(self, group: str, until: float) -> Script:
         """Every arm of a group once, in an order drawn, until the time is used; a few in any case."""
         block = [i for i in self._known.live() if self.arms[i].group == group]
         self._chance.shuffle(block)
@@ -316,113 +282,7 @@ class Race:
         self._chance.shuffle(block)
         return block
 
-    def _duel(self) -> _Script:
-        """The challenger against the baselines on fresh pairs; sets who won."""
-        belief, _ = self._known.think()
-        baselines = [i for i in self._known.live() if self.arms[i].baseline]
-        others = [i for i in self._known.live() if i in self._known.ran and i not in baselines]
-        challenger = min(others, key=lambda i: belief.mean[i], default=None)
-        racers = baselines + ([] if challenger is None else [challenger])
-        measured = [i for i in baselines if i in self._known.ran]
-        if measured and challenger is not None:
-            likeliest = [min(measured, key=lambda i: belief.mean[i]), challenger]
-            if not self._affords(racers) or (self.room and len(self._stages(likeliest)) == 1):
-                racers = likeliest
-        if measured and not self._affords(racers):  # no time to compare: the baseline, as nothing is shown
-            self._winner = self._against = min(measured, key=lambda i: belief.mean[i])
-            return
-        times: dict[int, list[int | None]] = {i: [] for i in racers}
-        rounds = self._duel_rounds(racers) if baselines else 0
-        for played in range(rounds):
-            pairs = self._pairs_affordable(racers, rounds - played)
-            if played and pairs < FEWEST_PAIRS:
-                break
-            rungs: list[Rung] = ["short" for _ in range(max(FEWEST_SHORT, pairs))]
-            rungs += ["full"] * (FULL_PAIRS if pairs >= FEWEST_SHORT else 0)
-            for stage in self._stages(racers):
-                self._company = stage
-                for rung in rungs:
-                    here = [
-                        i for i in racers if self.arms[i].group in stage and i not in self._known.excluded
-                    ]
-                    self._chance.shuffle(here)
-                    told = yield from self._measure(here, rung)
-                    for index in told:
-                        times[index].append(told[index].turn_ns if told[index].status == "ok" else None)
-                    if self._known.crowded and len(stage) > 1:
-                        yield from self._duel()
-                        return
-            racers = [i for i in racers if i not in self._known.excluded and any(times[i])]
-            alive = [i for i in racers if self.arms[i].baseline]
-            if not alive:
-                return
-            self._winner = self._against = min(alive, key=lambda i: median(filter(None, times[i])))
-            if challenger not in racers or challenger is None:
-                return
-            racers = [self._against, challenger]
-            sides = zip(times[challenger], times[self._against], strict=False)
-            both = [(one, two) for one, two in sides if one and two]
-            if not both:
-                return
-            look = 1 - 2 * (1 - self.confidence) / rounds
-            self._challenger = challenger
-            self._verdict = compare_paired(*zip(*both, strict=True), confidence=look)
-            likely = (
-                self._known.chance_faster(challenger, self._against) >= BELIEVED and self._verdict.ratio < 1
-            )
-            self._winner = challenger if likely or self._verdict.word == "faster" else self._against
-            if self._verdict.word != "no difference shown" or self._verdict.low > 1 - SMALLEST_EFFECT:
-                return
-
-    def _duel_rounds(self, racers: Sequence[int]) -> int:
-        """As many as loads and time allow, each with pairs enough to show something; at least one."""
-        spare = self.max_loads - self._known.loads - self._loads_for(racers)
-        most = DUEL_ROUNDS if len(self._stages(racers)) < 2 else max(1, min(DUEL_ROUNDS, 1 + spare))
-        paid = (
-            count for count in range(most, 1, -1) if self._pairs_affordable(racers, count) >= FEWEST_PAIRS
-        )
-        return next(paid, 1)
-
-    def _pairs_affordable(self, racers: Sequence[int], rounds: int) -> int:
-        """Short pairs per round that the rest of the budget pays for, full ones and the loads set aside."""
-        short = self._step_seconds(racers, "short")
-        left = (self.seconds - self._known.spent_s) / rounds - self._round_seconds(racers)
-        return min(MOST_PAIRS, int(left / short))
-
-    def _affords(self, racers: Sequence[int]) -> bool:
-        """Whether there is time to load what the racers need and to measure each a few times."""
-        needed = self._loads_for(racers) * self._known.load_seconds()
-        needed += FEWEST_SHORT * self._step_seconds(racers, "short")
-        return self._known.spent_s + needed <= self.seconds
-
-    def _round_seconds(self, racers: Sequence[int]) -> float:
-        """What a round of the duel takes beside its short pairs: its full ones and its loads."""
-        loads_s = self._loads_for(racers) * self._known.load_seconds()
-        return loads_s + FULL_PAIRS * self._step_seconds(racers, "full")
-
-    def _loads_for(self, racers: Sequence[int]) -> int:
-        """How many of the racers' models are not in memory."""
-        return len({self.arms[i].group for i in racers} - {*self._known.loaded})
-
-    def _step_seconds(self, racers: Sequence[int], rung: Rung) -> float:
-        """What a step with each of them takes."""
-        return sum(self._known.usual_seconds(i, rung) for i in racers)
-
     def _explore_seconds(self) -> float:
         """When exploring ends, so that a duel of the best against the baselines still has its time."""
-        racers = [i for i in self._known.live() if self.arms[i].baseline]
-        best = self._known.leader()
-        racers += [] if best is None or best in racers else [best]
-        duel = self._round_seconds(racers) + FEWEST_PAIRS * self._step_seconds(racers, "short")
         least, most = (share * self.seconds for share in EXPLORE_SHARES)
-        return min(most, max(least, self.seconds - duel))
-
-    def _stages(self, racers: Sequence[int]) -> list[tuple[str, ...]]:
-        """Groups whose racers take their steps mixed: all where they have room at once, else each alone.
-
-        They are in order of placement, from the end that is loaded now.
-        """
-        groups = [group for _, group in sorted({(self.arms[i].order, self.arms[i].group) for i in racers})]
-        if self._known.fits(*groups):
-            return [tuple(groups)]
-        return [(group,) for group in (groups[::-1] if groups[-1] in self._known.loaded else groups)]
+        return min(most, max(least, self.seconds - self._duel.seconds_needed()))

@@ -77,9 +77,11 @@ class Forecast:
     `prefill_by_ubatch` the middle of prompts that fill a batch of so many tokens;
     `neighbours` are other numbers of expert layers in RAM, the planned one among them, where there is a
     device. `fixed_ns` and `layers_ns` are a token's time in parts, `experts_ns` what routed experts have of
-    the latter, None where that was not measured. `ram_share` is what a token reads in its time over the RAM's
-    measured bandwidth, None where devices have a part. `memory_bytes` is what the plans of all slices in
-    memory at once add up to, with their programs. `samples` are all that was measured.
+    the latter, None where that was not measured. `waits_ns` is what starting each operation and waiting for
+    threads and devices has of `layers_ns` at most: the time of layers with next to no weights. `ram_share` is
+    what a token reads in its time over the RAM's measured bandwidth, None where devices have a part.
+    `memory_bytes` is what the plans of all slices in memory at once add up to, with their programs. `samples`
+    are all that was measured.
     """
 
     planned: PlannedModel
@@ -91,6 +93,7 @@ class Forecast:
     fixed_ns: float
     layers_ns: Mapping[str, float]
     experts_ns: float | None
+    waits_ns: Mapping[str, float]
     ram_share: float | None
     neighbours: tuple[Neighbour, ...]
     warnings: tuple[str, ...]
@@ -132,7 +135,9 @@ def run_forecast(request: Request, paths: Paths, notice: Notice, watch: Forecast
     few = None
     if found.few_path is not None:
         few = replace(arms[0], request=replace(arms[0].request, model=str(found.few_path)))
-    measured, parts = measure_slices(arms, few, paths, notice, watch)
+    smallest = arms[:: len(sizes)]
+    bare = [Arm(arm.layers, replace(arm.request, model=str(found.bare_path))) for arm in smallest]
+    measured, parts = measure_slices(arms, few, bare, paths, notice, watch)
     forecast = _compose(planned, slices, measured, parts, time.monotonic() - began, found)
     if forecast.warnings:
         return forecast
@@ -299,6 +304,10 @@ def _compose(
         saved = median(map(sub, measured.usual, measured.fewer)) * shape.experts_used
         times_larger = features_planned(planned, "decode")[kind] / parts["decode"][0][kind]
         experts_ns = max(0.0, saved / (shape.experts_used - FEW) * times_larger)
+    waits: dict[str, float] = {}
+    for smallest, steps in zip(parts["decode"][:: len(slices.sizes)], measured.bare, strict=True):
+        kind = next(name for name in smallest if name != FIXED)
+        waits[kind] = median(steps) * features_planned(planned, "decode")[kind] / smallest[kind]
     return Forecast(
         planned=planned,
         slices=slices,
@@ -309,6 +318,7 @@ def _compose(
         fixed_ns=costs.pop(FIXED),
         layers_ns=costs,
         experts_ns=experts_ns,
+        waits_ns=waits,
         ram_share=_ram_share(planned, decode.ns),
         neighbours=_neighbours(planned, measured, parts),
         warnings=_warnings(planned, slice_bytes, any(one.noisy for one in forecasts.values())),
@@ -323,6 +333,7 @@ def _compose(
             "deep_ns": measured.deep,
             "usual_experts_ns": measured.usual,
             "fewer_experts_ns": measured.fewer,
+            "bare_ns": measured.bare,
             "ubatch_ns": measured.ubatch,
         },
     )

@@ -40,6 +40,7 @@ UBATCH_SECONDS = 5.0
 """Sizes of a batch that a prompt is measured with, as long as one takes no longer than this."""
 PROGRAM_BYTES = 64 * MIB
 """What a process takes beside its model, at most: the interpreter and the engine's library."""
+BARE_TOKENS = 64
 PAIRS = 8
 """How often depth and experts are measured, each time beside the usual."""
 
@@ -67,7 +68,8 @@ class Measured:
 
     `shallow` and `deep` are pairs at depth 0 and at DEPTH, of the smallest with few experts per token;
     `fewer` and `usual` are pairs of it and of the smallest as it is, none where only one can be loaded.
-    `ubatch` is what a prompt takes in the smallest, by its batch. `memory_bytes` is what the plans of all
+    `ubatch` is what a prompt takes in the smallest, by its batch; `bare` what a step of each bare slice does.
+    `memory_bytes` is what the plans of all
     slices in memory at once add up to, and their programs.
     """
 
@@ -77,6 +79,7 @@ class Measured:
     fewer: list[float] = field(default_factory=list)
     usual: list[float] = field(default_factory=list)
     ubatch: dict[int, list[float]] = field(default_factory=dict)
+    bare: list[list[float]] = field(default_factory=list)
     memory_bytes: int = 0
 
 
@@ -130,11 +133,17 @@ class _Loaded:
 
 
 def measure_slices(
-    arms: Sequence[Arm], few: Arm | None, paths: Paths, notice: Notice, watch: ForecastWatch
+    arms: Sequence[Arm],
+    few: Arm | None,
+    bare: Sequence[Arm],
+    paths: Paths,
+    notice: Notice,
+    watch: ForecastWatch,
 ) -> tuple[Measured, dict[Test, list[Features]]]:
     """What was measured of the slices, and what each of them consists of by test.
 
     `few` is the smallest with fewer experts per token: depth is measured there, as a prompt takes less time.
+    `bare` have next to no weights, one for each way to place layers.
     """
 
     def say(what: str, share: float) -> None:
@@ -167,6 +176,11 @@ def measure_slices(
             for seed in range(PAIRS):
                 measured.fewer.append(_time(model, 0, GENERATE, seed=seed) / GENERATE)
                 measured.usual.append(_time(smallest, 0, GENERATE, seed=seed) / GENERATE)
+        say("synchronisation", 0.98)
+        for one in bare:
+            empty = loaded.get(one)
+            steps = [_time(empty, 0, BARE_TOKENS, seed=seed) / BARE_TOKENS for seed in range(PAIRS)]
+            measured.bare.append(steps)
         measured.memory_bytes = loaded.most_bytes
     parts: dict[Test, list[Features]] = {
         test: [features_planned(loaded.planned[arm], test) for arm in arms] for test in measured.rounds

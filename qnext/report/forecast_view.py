@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MEMORY_BOUND = 0.75
 """Share of the RAM's bandwidth from which on memory is said to bound decode."""
+_WAITS = "starting operations and waiting"
 _BAR = 12
 """Characters of the longest bar."""
 
@@ -81,7 +82,9 @@ def measured_words(forecast: Forecast) -> str:
 
 def token_parts(forecast: Forecast) -> dict[str, float]:
     """What a token's time goes into, in nanoseconds."""
-    layers, experts = dict(forecast.layers_ns), forecast.experts_ns
+    experts = forecast.experts_ns
+    waits = {name: min(ns, forecast.layers_ns[name]) for name, ns in forecast.waits_ns.items()}
+    layers = {name: ns - waits.get(name, 0.0) for name, ns in forecast.layers_ns.items()}
     if experts is not None:
         inside = sum(layers.values())
         experts = min(experts, inside)
@@ -92,7 +95,7 @@ def token_parts(forecast: Forecast) -> dict[str, float]:
             else "attention and what else is in layers"
         )
         layers = {"routed experts": experts, rest: inside - experts}
-    return {**layers, "head and start of a step": forecast.fixed_ns}
+    return {**layers, _WAITS: sum(waits.values()), "head and start of a step": forecast.fixed_ns}
 
 
 def bound_words(forecast: Forecast) -> str:
@@ -137,6 +140,7 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         "fixed_ns": forecast.fixed_ns,
         "layers_ns": dict(forecast.layers_ns),
         "experts_ns": forecast.experts_ns,
+        "waits_ns": dict(forecast.waits_ns),
         "ram_share": forecast.ram_share,
         "neighbours": [asdict(one) for one in forecast.neighbours],
         "warnings": list(forecast.warnings),

@@ -42,6 +42,8 @@ def test_a_forecast_tells_speeds_with_ranges_and_its_slices_are_kept_until_clean
     assert len(found["samples"]["ns_per_token"]["prefill"]) == found["rounds"] >= 5
     assert "processor's cache" in found["warnings"][0]
     assert found["experts_ns"] > 0 and found["samples"]["fewer_experts_ns"]
+    (waits,) = found["waits_ns"].values()
+    assert 0 < waits < 2 * sum(found["layers_ns"].values()), "a tiny model hardly does anything else"
     assert sorted(found["prefill_by_ubatch_tps"]) and found["memory_bytes"] > found["slice_bytes"]
     check_page(page, found, browser)
 

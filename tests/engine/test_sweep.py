@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from qnext.bench.racing import BELIEVED
+from qnext.bench.race_duel import BELIEVED
 from qnext.config import Paths, find_paths
 from qnext.pipeline.planning import plan_model
 from qnext.pipeline.request import Request

@@ -5,6 +5,8 @@ Slices of several sizes share their data: the file is a split GGUF (llama.cpp's 
 whose first shard has no tensors, the second the embedding, the head and the smallest slice's layers, each
 further one the layers that the next size has more. So eight layers and four take the disk space of eight.
 The smallest slice can also be opened as a model that uses one expert per token: what it takes less is theirs.
+Beside the slices lies a bare one: as many layers of the same kind, the weights next to nothing, so that its
+time is that of starting operations and of waiting for one another.
 
 Layers come in whole periods of the architecture (three of DeltaNet and one of attention for Qwen3-Next), as
 llama.cpp tells their kind by their position. Those are taken whose sizes are nearest to the mean: quants give
@@ -29,6 +31,7 @@ from qnext.errors import ModelError
 from qnext.models.header import ModelHeader, SkippedArray
 from qnext.models.shape import ModelShape, layer_of
 from qnext.models.synth.shapes import SHAPES
+from qnext.models.synth.synthesise import synthesise
 from qnext.models.synth.weights import Quantizer, Weights
 from qnext.models.synth.writer import I32, U16, Buffer, Layout, MetaValue, TensorSpec, lay_out, write_file
 from qnext.units import format_bytes
@@ -36,6 +39,7 @@ from qnext.units import format_bytes
 FAMILIES = frozenset(shape.arch for shape in SHAPES.values())
 FEW = 1
 """Experts per token of the slice that uses few."""
+_BARE = "bare.gguf"
 KEPT, IN_USE_S = 2, 3600.0
 """Models whose slices are kept; those used within so many seconds in any case."""
 
@@ -50,10 +54,12 @@ class Slices:
 
 @dataclass(frozen=True, slots=True)
 class WrittenSlices:
-    """What to open: by number of layers, and the smallest with one expert per token (None: has no more)."""
+    """What to open: by number of layers, the smallest with one expert per token (None: has no more), and
+    the bare one, of as many layers as the smallest."""
 
     paths: dict[int, Path]
     few_path: Path | None
+    bare_path: Path
 
 
 def layer_period(shape: ModelShape) -> int:
@@ -143,7 +149,7 @@ def write_slices(
         openings.append(_Opening("few-experts", slices.sizes[0], 1, FEW))
     paths = [place / f"{one.name}-{_of(1, one.shards + 1)}" for one in openings]
     by_size = dict(zip(slices.sizes, paths, strict=False))
-    written = WrittenSlices(by_size, paths[-1] if few else None)
+    written = WrittenSlices(by_size, paths[-1] if few else None, place / _BARE)
     if _are_whole(place, layouts):
         os.utime(place)
         return written
@@ -178,6 +184,7 @@ def write_slices(
             if shape.experts_used:
                 metadata[f"{shape.arch}.expert_used_count"] = one.experts_used
             _link(Path(part), one, path.name, metadata, layouts)
+        synthesise(f"tiny-{shape.arch}", Path(part) / _BARE, quant="Q8_0", layers=slices.sizes[0])
         with contextlib.suppress(OSError):  # another forecast of the model was first
             Path(part).rename(place)
             Path(part).mkdir()  # for who deletes it
@@ -205,7 +212,7 @@ def _data_name(number: int) -> str:
 
 def _are_whole(place: Path, layouts: Sequence[Layout]) -> bool:
     """Whether slices are there as they were written: after a power failure files may be short."""
-    return place.is_dir() and all(
+    return (place / _BARE).is_file() and all(
         (file := place / _data_name(number)).is_file() and file.stat().st_size == layout.file_bytes
         for number, layout in enumerate(layouts)
     )
