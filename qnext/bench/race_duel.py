@@ -4,8 +4,8 @@ Fresh, since an arm picked as the best of many looks better than it is. The chal
 "faster"; or, where the pairs are too few for one, when everything measured together makes it BELIEVED likely
 to be faster and the pairs do not speak against it: then it is the better choice, and is not called faster.
 Rounds between two models that cannot be loaded at once go there and back, which cancels what drifts with
-time; each look at the pairs spends its part of the chance to call an equal arm faster (Bonferroni, one-sided),
-so looking often finds nothing that is not there. Without time for a duel the baseline wins.
+time; each look at the pairs spends its part of the chance to call an equal arm faster (Bonferroni,
+one-sided), so looking often finds nothing that is not there. Without time for a duel the baseline wins.
 """
 
 from __future__ import annotations
