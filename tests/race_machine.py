@@ -103,7 +103,7 @@ class Machine:
 
     def measure(self, step: Step) -> Outcome:
         """One step, with the machine's mood at that time."""
-        load = LOAD_S if step.load else 0.0
+        load = LOAD_S * (1.3 if step.also else 1.0) if step.load else 0.0
         if (status := self.bad.get(step.arm)) is not None:
             return self._took(status, None, load + 2 * START_S)
         now = self._clock / self.budget_s

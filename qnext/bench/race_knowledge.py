@@ -63,9 +63,10 @@ class Knowledge:
         if step.load and died and step.group == self.history[-1][0].group:
             self.reloads += 1
         elif step.load:
-            self.loads += 1
+            self.loads += 1 + (step.also is not None)
         if step.load:
-            self.loaded = (*(group for group in self.loaded if group in step.keep), step.group)
+            also = [arm.group for arm in self.arms if arm.name == step.also]
+            self.loaded = (*(group for group in self.loaded if group in step.keep), step.group, *also)
         self.history.append((step, outcome))
         self._times.add(step, outcome)
         self.spent_s += outcome.seconds

@@ -45,9 +45,10 @@ class Arm:
 class Step:
     """Measure `arm` once, a few tokens (`short`) or a turn (`full`).
 
-    `load`: load its group first, and let go of all loaded groups that are not in `keep`. With a `partner`,
-    the arm of the next step, both are loaded and to be measured at once, so that whatever slows the machine
-    strikes both; the time of each is its own, `Outcome.seconds` half of what both took.
+    `load`: load its group first, at the same time that of the arm `also`, and let go of all loaded groups
+    that are not in `keep`. With a `partner`, the arm of the next step, both are loaded and to be measured at
+    once, so that whatever slows the machine strikes both; the time of each is its own, `Outcome.seconds` half
+    of what both took.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Step:
     load: bool
     keep: tuple[str, ...] = ()
     partner: str | None = None
+    also: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

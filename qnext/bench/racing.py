@@ -33,7 +33,7 @@ DUEL_LOADS = 4
 EXPLORE_SHARES = (0.45, 0.7)
 """Of the time: what exploring gets at least and at most, as the duel needs the rest."""
 WAY_UP_SHARE = 0.35
-CHALLENGERS = 4
+CHALLENGERS, CHALLENGERS_IN_HASTE = 4, 1
 CHANCE_WORTH_A_LOAD = 0.02
 LOSS_NOT_WORTH_TIME = 0.0005
 SETTINGS = ("seconds", "cells", "seed", "confidence", "max_loads", "cover", "room")
@@ -97,7 +97,18 @@ class Race:
         keep = self._known.company if arm.group in self._known.company and not known.crowded else (arm.group,)
         beside = None if partner is None else self.arms[partner].name
         load = arm.group not in known.loaded
-        return Step(len(known.history), arm.name, arm.group, rung, load, keep, beside)
+        also = self._also(arm.group) if load else None
+        return Step(len(known.history), arm.name, arm.group, rung, load, keep, beside, also)
+
+    def _also(self, group: str) -> str | None:
+        """The likeliest arm of another model that is to be in memory with `group`, and is not."""
+        known = self._known
+        if known.crowded or group not in known.company:
+            return None
+        belief, _ = known.think()
+        absent = {*known.company} - {group, *known.loaded}
+        arms = [i for i in known.live() if self.arms[i].group in absent]
+        return self.arms[min(arms, key=lambda i: belief.mean[i])].name if arms else None
 
     def observe(self, step: Step, outcome: Outcome) -> None:
         """Tell what came of the step that `next` named. Raises ValueError for any other step."""
@@ -162,12 +173,14 @@ class Race:
                 )
             )
         for place, group in enumerate(groups):
-            explore = self._explore_seconds()
-            loads = 1 + sum(other in home for other in groups[place + 1 :])
+            explore, later = self._explore_seconds(), groups[place + 1 :]
+            # With room the likelier ones come later: their loads are not given away.
+            loads = 1 + sum(one in home or bool(self.room) for one in later)
             if (
                 place
                 and not self.cover
                 and group not in home
+                and group not in self._known.loaded
                 and self._known.spent_s + loads * self._known.load_seconds() > explore
             ):
                 continue
@@ -175,6 +188,8 @@ class Race:
             until = self._known.spent_s + left / (len(groups) - place)
             if self.cover:
                 yield from self._each(group, until)
+            elif group == anchor and later and self._known.fits(anchor, later[0]):
+                yield from self._open_two(anchor, later[0])
             else:
                 yield from self._visit((group,), until, at_least=1, beside=anchor)
         if self.room and not self.cover:
@@ -191,6 +206,13 @@ class Race:
                 share = chances[0] / sum(chances)
                 yield from self._visit((group,), self._known.spent_s + share * left, at_least=0)
         yield from self._duel.run()
+
+    def _open_two(self, anchor: str, other: str) -> Script:
+        """Load both models, and measure the baselines of the first, which others are then measured with."""
+        self._known.company = anchor, other
+        for index in self._known.live():
+            if self.arms[index].baseline and self.arms[index].group == anchor:
+                yield index, "short", None
 
     def _visit_pairs(self) -> Script:
         """The two most promising models that have room at once; chosen anew at half the time."""
@@ -220,7 +242,7 @@ class Race:
             self._known.company = (*groups, beside) if reference else groups
         blocks = 0
         while blocks < at_least or (self._known.spent_s < until and self._known.loss() > LOSS_NOT_WORTH_TIME):
-            block = self._block(groups)
+            block = self._block(groups, CHALLENGERS if self._known.spent_s < until else CHALLENGERS_IN_HASTE)
             if not block:
                 return
             crowded = self._known.crowded
@@ -260,7 +282,7 @@ class Race:
             return None
         return max(0, self.cells - len(self._known.tried() | block))
 
-    def _block(self, groups: tuple[str, ...]) -> list[int]:
+    def _block(self, groups: tuple[str, ...], challengers: int) -> list[int]:
         """The baselines here, the best known, and challengers by their chance to be the fastest; shuffled."""
         if self._known.crowded:
             groups = groups[:1]
@@ -271,7 +293,7 @@ class Race:
             return []
         belief, worlds = self._known.think()
         picks = [min(live, key=lambda i: belief.mean[i]), *(live[k] for k in worlds[:, live].argmin(axis=1))]
-        size = len(block) + 1 + CHALLENGERS
+        size = len(block) + 1 + challengers
         for pick in picks:
             if (
                 pick not in block

@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -104,15 +105,22 @@ class SweepEngine:
         return loaded is not None and loaded.session.alive
 
     def measure(
-        self, cell: Cell, size: RungSize, number: int, limit_s: float | None, keep: Collection[str] = ()
+        self,
+        cell: Cell,
+        size: RungSize,
+        number: int,
+        limit_s: float | None,
+        keep: Collection[str] = (),
+        also: Cell | None = None,
     ) -> Taken:
         """One turn of `size` with text salted by `number`; `limit_s` bounds prefill and decode together.
 
-        Where weights must be loaded for it, only those of the groups in `keep` stay in memory beside. Raises
-        EngineCrashError when an RPC worker or the model is gone.
+        Where weights must be loaded for it, only those of the groups in `keep` stay in memory beside, and
+        those of `also` are loaded at the same time. Raises EngineCrashError when an RPC worker or the model
+        is gone.
         """
         try:
-            facts, wrong = self._prepare(cell, keep)
+            facts, wrong = self._prepare(cell, keep, also)
             if wrong:
                 return Taken("confounded", wrong, facts=facts)
             return self._read(self._turn(cell, size, number, limit_s), size, limit_s, facts)
@@ -200,9 +208,11 @@ class SweepEngine:
             logger.info("  | %s", line)
         return self._failed(cell, error)
 
-    def _prepare(self, cell: Cell, keep: Collection[str]) -> tuple[dict[str, Any], str]:
+    def _prepare(
+        self, cell: Cell, keep: Collection[str], also: Cell | None = None
+    ) -> tuple[dict[str, Any], str]:
         """Make the cell's context the active one: facts of it, once per cell, and what is not as asked."""
-        active = self._activate(cell, keep)
+        active = self._activate(cell, keep, also)
         if active is None or cell.name in self._checked:
             return {}, ""
         sizes = read_buffer_sizes(self._loaded[cell.group].session.size_lines)
@@ -212,19 +222,13 @@ class SweepEngine:
             self._checked.add(cell.name)
         return {"active": active, "allocated": allocated}, wrong
 
-    def _activate(self, cell: Cell, keep: Collection[str]) -> Message | None:
+    def _activate(self, cell: Cell, keep: Collection[str], also: Cell | None) -> Message | None:
         """Load the weights, or make a new context on them; what is active then, None if nothing changed."""
         if not self.ready(cell):
             self._keep([group for group in keep if group != cell.group])
-            session = EngineSession(
-                environment=dict(cell.environment), silence_limit_s=self._silence_limit_s, bound=True
-            )
-            try:
-                active = session.open(self._model, cell.placement, on_progress=self._on_load)
-            except BaseException:
-                session.close()
-                raise
-            loaded = self._loaded[cell.group] = _Loaded(session)
+            both = also is not None and not self.ready(also)
+            active = self._open([cell, also] if also is not None and both else [cell])
+            loaded = self._loaded[cell.group]
         else:
             loaded = self._loaded[cell.group]
             if loaded.cell is not None and loaded.cell.name == cell.name:
@@ -233,6 +237,40 @@ class SweepEngine:
         loaded.session.warm_up()
         loaded.cell = cell
         return {name: active.get(name) for name in _ACTIVE}
+
+    def _open(self, cells: Sequence[Cell]) -> Message:
+        """Load the weights of each, all at the same time: one load keeps one core busy. What is active in the
+        first one's context."""
+        sessions: list[EngineSession] = []
+        shares = [0.0] * len(cells)
+
+        def load(place: int) -> Message:
+            def show(share: float) -> None:
+                shares[place] = share
+                if self._on_load is not None:
+                    self._on_load(statistics.fmean(shares))
+
+            return sessions[place].open(self._model, cells[place].placement, on_progress=show)
+
+        with ThreadPoolExecutor(len(cells)) as pool:
+            try:
+                for cell in cells:
+                    sessions.append(
+                        EngineSession(
+                            environment=dict(cell.environment),
+                            silence_limit_s=self._silence_limit_s,
+                            bound=True,
+                        )
+                    )
+                asked = [pool.submit(load, place) for place in range(len(cells))]
+                active = [future.result() for future in asked]
+            except BaseException:
+                for session in sessions:
+                    session.close()
+                raise
+        for cell, session in zip(cells, sessions, strict=True):
+            self._loaded[cell.group] = _Loaded(session)
+        return active[0]
 
     def _read(
         self,

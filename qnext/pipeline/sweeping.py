@@ -240,7 +240,8 @@ class _Driver:
         started = time.monotonic()
         size, limit_s = self._size(cell, step.rung), self._limit_s(cell, step)
         if step.partner is None:
-            taken = engine.measure(cell, size, step.number, limit_s, step.keep)
+            also = None if step.also is None else self._prepared.cells[self._places[step.also]]
+            taken = engine.measure(cell, size, step.number, limit_s, step.keep, also)
             return taken, time.monotonic() - started
         partner = self._prepared.cells[self._places[step.partner]]
         size = max(size, self._size(partner, step.rung), key=lambda one: one.prompt)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qnext.bench.race_values import Step
 from qnext.config import Paths, find_paths
 from qnext.pipeline.request import Request
 from qnext.pipeline.sweep_engine import SweepEngine, Taken
@@ -56,10 +57,10 @@ def two_loaded(paths: Paths) -> Iterator[tuple[SweepEngine, list[Cell]]]:
         silence_limit_s=20.0,
         depth_limit_s=20.0,
     ) as engine:
-        for number, cell in enumerate(cells):
-            keep = [one.group for one in cells]
-            assert engine.measure(cell, RungSize(8, 2, 0), number, 20.0, keep).status == "ok"
-        assert len(children()) == 2
+        groups, small = [cell.group for cell in cells], RungSize(8, 2, 0)
+        assert engine.measure(cells[0], small, 0, 20.0, groups, also=cells[1]).status == "ok"
+        assert all(map(engine.ready, cells)) and len(children()) == 2
+        assert engine.measure(cells[1], small, 1, 20.0, groups).status == "ok"
         yield engine, cells
     assert not children()
 
@@ -103,7 +104,7 @@ def test_a_killed_sweep_leaves_no_stopped_engine_behind(tmp_path: Path) -> None:
     """SIGKILL gives nobody the time to let a stopped child go on: it has to end by itself."""
     (tmp_path / "cache").symlink_to(find_paths().cache_dir)
     command = [sys.executable, "-m", "qnext", "bench", "sweep", "demo", "-c", "1024", "-t", "1", "-tb", "1"]
-    command += ["-p", "32", "-n", "400", "-d", "0", "-lm", "none,mmap", "--budget", "20s"]
+    command += ["-p", "32", "-n", "400", "-d", "0", "--budget", "20s"]
     environment = {**os.environ, "QNEXT_HOME": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         sweep, stopped = psutil.Process(process.pid), list[psutil.Process]()
@@ -120,13 +121,14 @@ def test_a_killed_sweep_leaves_no_stopped_engine_behind(tmp_path: Path) -> None:
 
 
 def test_a_sweep_measures_two_ways_to_load_at_once(paths: Paths) -> None:
-    sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(load_mode=("none", "mmap")), seconds=6.0)
-    partners: list[str] = []
+    sweep = prepare_sweep(REQUEST, paths, print, grid=Grid(), seconds=8.0)
+    steps: list[Step] = []
 
-    def look(step: object, cell: Cell) -> None:
-        partners.extend(filter(None, [getattr(step, "partner", None)]))
+    def look(step: Step, cell: Cell) -> None:
+        steps.append(step)
 
     run = run_sweep(start_sweep(sweep, paths), sweep, paths, SweepWatch(on_step=look))
-    assert set(partners) <= {cell.name for cell in run.cells} and len(partners) > 4
+    assert steps[0].load and steps[0].also is not None, "two are loaded at the same time"
+    assert sum(step.partner is not None for step in steps) > 4
     assert {one.status for one in run.sweep.measurements} <= {"ok", "noisy"}
     assert run.result.winner is not None

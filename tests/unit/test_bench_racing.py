@@ -131,7 +131,7 @@ def test_models_with_room_at_once_are_loaded_once_and_measured_side_by_side() ->
     race = Race(roomy_arms(), seconds=600, seed=1, room=2)
     steps = finish(race, random.Random(1))
     assert race.result().winner == "t8 ub512 ncmoe10"
-    assert race.loads == 2
+    assert race.loads == 2 and steps[0].also is not None and not any(step.load for step in steps[1:])
     for step in steps:
         if step.partner is not None:
             other = steps[step.number + 1]
@@ -164,6 +164,7 @@ def test_what_dies_beside_another_model_is_tried_again_alone() -> None:
     while (step := race.next()) is not None:
         if step.load:
             loaded = {group for group in loaded if group in step.keep} | {step.group}
+            loaded |= {step.also.split()[-1]} if step.also else set()
         if len(loaded) > 1:
             died.append(step.arm)
             loaded = set()
