@@ -94,7 +94,7 @@ class Race:
         index, rung, partner = self._wanted
         arm = self.arms[index]
         known = self._known
-        keep = self._known.company if arm.group in self._known.company and not known.crowded else (arm.group,)
+        keep = known.company if arm.group in known.company and not known.crowded else (arm.group,)
         beside = None if partner is None else self.arms[partner].name
         load = arm.group not in known.loaded
         also = self._also(arm.group) if load else None
@@ -210,9 +210,9 @@ class Race:
     def _open_two(self, anchor: str, other: str) -> Script:
         """Load both models, and measure the baselines of the first, which others are then measured with."""
         self._known.company = anchor, other
-        for index in self._known.live():
-            if self.arms[index].baseline and self.arms[index].group == anchor:
-                yield index, "short", None
+        here = [i for i in self._known.live() if self.arms[i].baseline and self.arms[i].group == anchor]
+        for index in here:
+            yield from self._known.measure((index,), "short")
 
     def _visit_pairs(self) -> Script:
         """The two most promising models that have room at once; chosen anew at half the time."""

@@ -138,8 +138,8 @@ class SweepEngine:
         """
         groups = [cell.group for cell in cells]
         if sys.platform != "linux":
-            one, other = (self.measure(cell, size, number, limit_s, groups) for cell in cells)
-            return one, other
+            one = self.measure(cells[0], size, number, limit_s, groups)
+            return one, (self.measure(cells[1], size, number, limit_s, groups) if self._loaded else one)
         told: list[Message] = [{} for _ in cells]
         prepared: list[tuple[dict[str, Any], str]] = []
 

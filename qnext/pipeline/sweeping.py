@@ -165,7 +165,7 @@ class _Driver:
         self._begun: int | None = None
         self._ran = {one.cell for one in sweep.measurements if one.status == "ok"}
         self._fastest: dict[str, float] = {}
-        self._second: tuple[int, Taken, float] | None = None
+        self._second: tuple[int, str, Taken, float] | None = None
         settings = self._settings
         self.race = Race.restore(
             [cell.arm() for cell in prepared.live],
@@ -235,8 +235,8 @@ class _Driver:
     def _measure(self, engine: SweepEngine, step: Step, cell: Cell) -> tuple[Taken, float]:
         """What the step gave and the seconds it took; what came of its partner waits for the next step."""
         second, self._second = self._second, None
-        if second is not None and second[0] == step.number:
-            return second[1:]
+        if second is not None and second[:2] == (step.number, step.arm):
+            return second[2:]
         started = time.monotonic()
         size, limit_s = self._size(cell, step.rung), self._limit_s(cell, step)
         if step.partner is None:
@@ -248,8 +248,8 @@ class _Driver:
         limit_s = max(limit_s, self._limit_s(partner, step))
         taken, other = engine.measure_both((cell, partner), size, step.number, limit_s)
         seconds = (time.monotonic() - started) / 2
-        if engine.ready(partner):  # else one of them died, and the next step is another one
-            self._second = step.number + 1, other, seconds
+        if engine.ready(partner):  # else one of them died
+            self._second = step.number + 1, partner.name, other, seconds
         return taken, seconds
 
     def _observe(self, step: Step, place: int, taken: Taken, seconds: float, began: str) -> None:
