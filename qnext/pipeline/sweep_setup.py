@@ -29,7 +29,8 @@ FULL_SHARE = 1 / 40
 DEPTH_SHARE = 1 / 30
 """Of the budget: what reading the depth may take; it is read once for each kind of cache and load."""
 LOAD_SHARE = 0.35
-"""Of the budget: what loading every way to place the weights once may take."""
+"""Of the budget: what loading every way to place the weights once may take. One beside the baselines' is there
+in any case: the race leaves it out where loads turn out to take too long."""
 LOAD_BPS, LOAD_S = 0.6e9, 0.5
 """Rate of a load, and what it takes beside: a guess that only bounds how many there are."""
 CELL_SECONDS = 6.0
@@ -108,9 +109,9 @@ def prepare_sweep(
         depth=depth,
     )
     cover = bool(grid and grid.closed)
-    groups = (
-        MAX_LOADS if cover else min(MAX_LOADS, max(2, int(LOAD_SHARE * seconds / _load_seconds(planned))))
-    )
+    baselines = len({cell.group for cell in cells if cell.roles and not cell.status})
+    paid = int(LOAD_SHARE * seconds / _load_seconds(planned))
+    groups = MAX_LOADS if cover else min(MAX_LOADS, max(baselines + 1, paid))
     settings = SweepSettings(
         request=request,
         objective=objective,
