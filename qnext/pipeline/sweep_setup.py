@@ -29,8 +29,8 @@ FULL_SHARE = 1 / 40
 DEPTH_SHARE = 1 / 30
 """Of the budget: what reading the depth may take; it is read once for each kind of cache and load."""
 LOAD_SHARE = 0.35
-"""Of the budget: what loading every way to place the weights once may take. One beside the baselines' is there
-in any case: the race leaves it out where loads turn out to take too long."""
+"""Of the budget: what loading every way to place the weights once may take. One beside the baselines' is
+there in any case: the race leaves it out where loads turn out to take too long."""
 LOAD_BPS, LOAD_S = 0.6e9, 0.5
 """Rate of a load, and what it takes beside: a guess that only bounds how many there are."""
 CELL_SECONDS = 6.0
