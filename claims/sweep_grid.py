@@ -29,6 +29,7 @@ from qnext.config import Paths
 from qnext.engine.rpc import RpcWorker
 from qnext.hardware import detect_machine
 from qnext.pipeline.request import Request
+from qnext.pipeline.sweep_results import conclude
 from qnext.pipeline.sweep_setup import prepare_sweep
 from qnext.pipeline.sweep_values import Grid
 from qnext.pipeline.sweeping import Progress, SweepWatch, run_sweep, start_sweep
@@ -151,13 +152,16 @@ def _contest(*, rpc: bool) -> Contest:
 
         short = prepare_sweep(request, paths, say, grid=grid, seconds=seconds)
         run = run_sweep(start_sweep(short, paths), short, paths, SweepWatch(on_measured=note))
+        loads = steps[-1].race.loads + steps[-1].race.reloads
+        chosen = conclude(
+            run, paths, ["claims"], loads
+        ).winner.cell.name  # what `qnext run` takes from then on
         sweep_s = time.monotonic() - began
-        assert run.result.winner is not None
         cells = {cell.name: cell for cell in prepared.live}
         roles = {cell.name: " and ".join(cell.roles) for cell in prepared.live if cell.roles}
-        names = dict.fromkeys((run.result.winner, *best, *roles))
-        say(f"sweep: {run.result.winner} in {sweep_s:.0f} s, {run.result.verdict}")
-        winner = cells[run.result.winner]
+        names = dict.fromkeys((chosen, *best, *roles))
+        say(f"sweep: {chosen} in {sweep_s:.0f} s, {run.result.verdict}")
+        winner = cells[chosen]
         duels: dict[str, Verdict] = {}
         for name in names:
             if name != winner.name:
@@ -174,7 +178,7 @@ def _contest(*, rpc: bool) -> Contest:
             grid_s=grid_s,
             sweep_s=sweep_s,
             cells=len(times),
-            loads=steps[-1].race.loads + steps[-1].race.reloads,
+            loads=loads,
             best=tuple(best),
             roles=roles,
             against=duels,
