@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KILLS, LATEST_KILL_S = 25, 4.0
 SWEEP = ("demo", "-c", "1024", "-t", "1", "-tb", "1", "-p", "96", "-n", "48", "-d", "0",
-         "-ub", "8,16,32,48,96", "-ctk", "f16,q8_0,q4_0", "-lm", "none,mmap", "--budget", "25s")  # fmt: skip
+         "-ub", "8,16,32,48,96", "-ctk", "f16,q8_0,q4_0", "-lm", "none,mmap", "--budget", "60s")  # fmt: skip
 
 GROUP_BYTES, TOO_LONG = 150 << 20, 524_288
 """The memory group's limit, and a context whose cache alone takes half a gigabyte."""
