@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from claims import CannotMeasure, Claim, Figure, all_claims
-from claims._record import record, write
+from claims._record import record, shown, write
 from qnext.errors import QnextError
 
 
@@ -67,8 +67,7 @@ def _measure(one: Claim, machine: str, *, as_json: bool) -> tuple[str, str]:
                 "machine": machine}  # fmt: skip
         print(json.dumps(line), flush=True)
     else:
-        shown = f"{figure.value:.4g} {figure.unit}" if figure else "-"
-        print(" | ".join((one.name, shown, one.bar, verdict, detail or "-", machine)), flush=True)
+        print(" | ".join((one.name, shown(figure), one.bar, verdict, detail or "-", machine)), flush=True)
     return verdict, record(one, figure, verdict, detail, machine)
 
 

@@ -89,8 +89,8 @@ class Duellist:
 def measure_duel(one: Duellist, other: Duellist, *, count: int) -> tuple[list[int], list[int]]:
     """Ns of `count` workload turns of both, whole ones, each run while the other's processes are stopped.
 
-    Both stay in memory and have the processor in turns (`qnext.engine.turns`), so that
-    the i-th ones of both fell into the same moments. Raises CannotMeasure for a cell that does not run.
+    Both stay in memory and have the processor in turns (`qnext.engine.turns`), so that the i-th ones of both
+    fell into the same moments. Raises CannotMeasure for a cell that does not run.
     """
     from tests.engine_processes import children
 

@@ -11,10 +11,14 @@ PAGE = Path(__file__).with_name("FIGURES.md")
 _HEAD = "| claim | figure | bar | verdict | machine | how |\n|---|---|---|---|---|---|\n"
 
 
+def shown(figure: Figure | None) -> str:
+    """The value with its unit."""
+    return f"{figure.value:.4g} {figure.unit}" if figure else "-"
+
+
 def record(one: Claim, figure: Figure | None, verdict: str, detail: str, machine: str) -> str:
     """The row of a claim that was measured."""
-    shown = f"{figure.value:.4g} {figure.unit}" if figure else "-"
-    cells = (one.name, shown, one.bar, verdict.lower(), machine, detail or "-")
+    cells = (one.name, shown(figure), one.bar, verdict.lower(), machine, detail or "-")
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |\n"
 
 

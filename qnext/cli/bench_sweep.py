@@ -232,9 +232,12 @@ def _run(stored: StoredSweep, prepared: Prepared, paths: Paths, *, resumed: bool
 
         def on_step(step: Any, cell: Any) -> None:
             nonlocal doing
-            beside = f" and {step.partner} by turns" if step.partner else ""
-            beside = f", and for {step.also}," if step.also else beside
-            doing = f"{'loading for' if step.load else 'measuring'} {cell.name}{beside} ({step.rung})"
+            doing = f"{'loading for' if step.load else 'measuring'} {cell.name}"
+            if step.also:
+                doing += f", and for {step.also},"
+            elif step.partner:
+                doing += f" and {step.partner} by turns"
+            doing += f" ({step.rung})"
             board.tell(doing)
             redraw()
 

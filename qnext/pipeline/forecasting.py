@@ -277,8 +277,9 @@ def _compose(
     shape, context = planned.model.shape, planned.plan.placement.context
     forecasts: dict[Test, SliceForecast] = {}
     costs: dict[str, float] = {}
+    wholes: dict[Test, Features] = {test: features_planned(planned, test) for test in measured.rounds}
     for test, rounds in measured.rounds.items():
-        whole = features_planned(planned, test)
+        whole = wholes[test]
         try:
             forecasts[test] = forecast_whole(rounds, weights_of(parts[test], whole))
             if test == "decode":
@@ -302,12 +303,12 @@ def _compose(
     if measured.fewer and len(costs) == 2:  # layers of one kind
         kind = next(name for name in costs if name != FIXED)
         saved = median(map(sub, measured.usual, measured.fewer)) * shape.experts_used
-        times_larger = features_planned(planned, "decode")[kind] / parts["decode"][0][kind]
+        times_larger = wholes["decode"][kind] / parts["decode"][0][kind]
         experts_ns = max(0.0, saved / (shape.experts_used - FEW) * times_larger)
     waits: dict[str, float] = {}
     for smallest, steps in zip(parts["decode"][:: len(slices.sizes)], measured.bare, strict=True):
         kind = next(name for name in smallest if name != FIXED)
-        waits[kind] = median(steps) * features_planned(planned, "decode")[kind] / smallest[kind]
+        waits[kind] = median(steps) * wholes["decode"][kind] / smallest[kind]
     return Forecast(
         planned=planned,
         slices=slices,

@@ -14,7 +14,6 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -30,6 +29,7 @@ from qnext.engine.protocol import Message
 from qnext.engine.session import EngineSession
 from qnext.engine.turns import Span, in_turns, running_ns
 from qnext.hardware.nvml import read_nvml
+from qnext.pipeline.sweep_children import SweepChildren
 from qnext.pipeline.sweep_values import Cell, Objective, RungSize, objective_seconds
 from qnext.plan.placement import Problem
 from qnext.plan.values import HOST, DeviceMemory, Workload
@@ -68,14 +68,6 @@ def race_status(status: str) -> RaceStatus:
     return "too-slow" if status == "confounded" else cast(RaceStatus, status)
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """A child with weights in memory, and the cell whose context is active there."""
-
-    session: EngineSession
-    cell: Cell | None = None
-
-
 class SweepEngine:
     """The engine of a sweep, on one model. Use as a context manager."""
 
@@ -91,18 +83,15 @@ class SweepEngine:
         depth_limit_s: float,
         on_load: Callable[[float], None] | None = None,
     ) -> None:
-        self._model, self._problem = model, problem
+        self._problem, self._depth_limit_s = problem, depth_limit_s
         self._objective, self._workload, self._seed = objective, workload, seed
-        self._silence_limit_s, self._depth_limit_s = silence_limit_s, depth_limit_s
-        self._on_load = on_load
-        self._loaded: dict[str, _Loaded] = {}
+        self._children = SweepChildren(model, silence_limit_s, on_load)
         self._checked: set[str] = set()
         self._depths: dict[int, list[int]] = {}
 
     def ready(self, cell: Cell) -> bool:
         """Whether the cell's weights are loaded."""
-        loaded = self._loaded.get(cell.group)
-        return loaded is not None and loaded.session.alive
+        return self._children.ready(cell)
 
     def measure(
         self,
@@ -139,7 +128,8 @@ class SweepEngine:
         groups = [cell.group for cell in cells]
         if sys.platform != "linux":
             one = self.measure(cells[0], size, number, limit_s, groups)
-            return one, (self.measure(cells[1], size, number, limit_s, groups) if self._loaded else one)
+            alive = self.ready(cells[0])
+            return one, self.measure(cells[1], size, number, limit_s, groups) if alive else one
         told: list[Message] = [{} for _ in cells]
         prepared: list[tuple[dict[str, Any], str]] = []
 
@@ -150,7 +140,7 @@ class SweepEngine:
         try:
             for at in cells:
                 prepared.append(self._prepare(at, groups))
-            members = [[psutil.Process(self._loaded[cell.group].session.pid)] for cell in cells]
+            members = [[psutil.Process(self._children.session(cell).pid)] for cell in cells]
             turns = in_turns(members, [partial(run, place) for place in (0, 1)], self.close)
         except EngineCrashError as error:
             at = next((cell for cell, facts in zip(cells, told, strict=True) if not facts), at)
@@ -166,13 +156,7 @@ class SweepEngine:
 
     def close(self) -> None:
         """End the children."""
-        self._keep(())
-
-    def _keep(self, groups: Collection[str]) -> None:
-        """End the children of all other groups."""
-        for group in [*self._loaded]:
-            if group not in groups:
-                self._loaded.pop(group).session.close()
+        self._children.close()
 
     def __enter__(self) -> Self:
         return self
@@ -182,7 +166,7 @@ class SweepEngine:
 
     def _turn(self, cell: Cell, size: RungSize, number: int, limit_s: float | None) -> Message:
         """The turn on the cell's context, with what its GPUs said right after it."""
-        session = self._loaded[cell.group].session
+        session = self._children.session(cell)
         depth = self._depth_tokens(session, size.depth)
         prompt = self._tokens(session, size.prompt, PromptMaker(self._seed * 1_000_003 + number + 1))
         told = session.turn(
@@ -200,10 +184,10 @@ class SweepEngine:
         """What a death of the engine says of a cell; raises what concerns every cell."""
         if error.kind in ("rpc_lost", "missing"):
             raise error
-        if error.kind != "refused" or any(group != cell.group for group in self._loaded):
+        if error.kind != "refused" or self._children.others(cell):
             self.close()  # all of them: it may have died of the other one's memory
-        elif cell.group in self._loaded:
-            self._loaded[cell.group].cell = None
+        else:
+            self._children.forget_context(cell)
         for line in error.log_tail:
             logger.info("  | %s", line)
         return self._failed(cell, error)
@@ -212,65 +196,16 @@ class SweepEngine:
         self, cell: Cell, keep: Collection[str], also: Cell | None = None
     ) -> tuple[dict[str, Any], str]:
         """Make the cell's context the active one: facts of it, once per cell, and what is not as asked."""
-        active = self._activate(cell, keep, also)
-        if active is None or cell.name in self._checked:
+        told = self._children.activate(cell, keep, also)
+        if told is None or cell.name in self._checked:
             return {}, ""
-        sizes = read_buffer_sizes(self._loaded[cell.group].session.size_lines)
+        active = {name: told.get(name) for name in _ACTIVE}
+        sizes = read_buffer_sizes(self._children.session(cell).size_lines)
         allocated = [asdict(device) for device in self._allocated(cell, sizes)]
         wrong = self._not_as_asked(cell, active, sizes)
         if not wrong:
             self._checked.add(cell.name)
         return {"active": active, "allocated": allocated}, wrong
-
-    def _activate(self, cell: Cell, keep: Collection[str], also: Cell | None) -> Message | None:
-        """Load the weights, or make a new context on them; what is active then, None if nothing changed."""
-        if not self.ready(cell):
-            self._keep([group for group in keep if group != cell.group])
-            both = also is not None and not self.ready(also)
-            active = self._open([cell, also] if also is not None and both else [cell])
-            loaded = self._loaded[cell.group]
-        else:
-            loaded = self._loaded[cell.group]
-            if loaded.cell is not None and loaded.cell.name == cell.name:
-                return None
-            active = loaded.session.renew(cell.placement)
-        loaded.session.warm_up()
-        loaded.cell = cell
-        return {name: active.get(name) for name in _ACTIVE}
-
-    def _open(self, cells: Sequence[Cell]) -> Message:
-        """Load the weights of each, all at the same time: one load keeps one core busy. What is active in the
-        first one's context."""
-        sessions: list[EngineSession] = []
-        shares = [0.0] * len(cells)
-
-        def load(place: int) -> Message:
-            def show(share: float) -> None:
-                shares[place] = share
-                if self._on_load is not None:
-                    self._on_load(statistics.fmean(shares))
-
-            return sessions[place].open(self._model, cells[place].placement, on_progress=show)
-
-        with ThreadPoolExecutor(len(cells)) as pool:
-            try:
-                for cell in cells:
-                    sessions.append(
-                        EngineSession(
-                            environment=dict(cell.environment),
-                            silence_limit_s=self._silence_limit_s,
-                            bound=True,
-                        )
-                    )
-                asked = [pool.submit(load, place) for place in range(len(cells))]
-                active = [future.result() for future in asked]
-            except BaseException:
-                for session in sessions:
-                    session.close()
-                raise
-        for cell, session in zip(cells, sessions, strict=True):
-            self._loaded[cell.group] = _Loaded(session)
-        return active[0]
 
     def _read(
         self,
