@@ -6,8 +6,8 @@ prints the flags it would start with. It fills the devices and takes the host's 
 "assumes system memory is unlimited"), so its answer is counted with qnext's arithmetic afterwards.
 
 The devices' budgets are put to it as margins (`--fit-target`, whole MiB) below the memory it sees free, so
-that both plan with the same room. It fits only what is unset: context, batches and cache types are given as
-planned.
+that both plan with the same room, but for up to 2 MiB less for it: what it sees free is printed cut to whole
+MiB. It fits only what is unset: context, batches and cache types are given as planned.
 """
 
 from __future__ import annotations
@@ -134,7 +134,10 @@ def read_fit(answer: FitAnswer, base: Placement, header: ModelHeader, devices: S
 
 
 def _margins(ran: subprocess.CompletedProcess[str], devices: Sequence[Budget]) -> list[int]:
-    """MiB to leave free on each device, so that what is left for it is its budget."""
+    """MiB to leave free on each device, so that what is left is at most its budget.
+
+    A device printed with n MiB free has up to a MiB more, which the margin takes away.
+    """
     free = {name: int(size) for name, _, size in _DEVICE.findall(ran.stdout)}
     margins = []
     for device in devices:
@@ -143,14 +146,13 @@ def _margins(ran: subprocess.CompletedProcess[str], devices: Sequence[Budget]) -
                 f"llama.cpp can only fit to devices that it sees, and there is no {device.name} here",
                 hint="Leave out --compare-fit, or plan for this machine: it cannot imagine others.",
             )
-        margin = free[device.name] - device.budget_bytes // MIB
-        if margin < 0:
+        if device.budget_bytes // MIB > free[device.name]:
             raise UsageError(
                 f"llama.cpp would not fit to {format_bytes(device.budget_bytes)} on {device.name}: only "
                 f"{format_bytes(free[device.name] * MIB)} are free",
                 hint=f"Plan with --device-memory {device.name}={free[device.name]}M or less.",
             )
-        margins.append(margin)
+        margins.append(free[device.name] + 1 - device.budget_bytes // MIB)
     return margins
 
 

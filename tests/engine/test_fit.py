@@ -150,3 +150,19 @@ def test_both_are_counted_inside_the_same_budgets(
             assert device["total_bytes"] <= device["budget_bytes"], (name, device)
     assert abs(weights["qnext"] - weights["fit"]) < MIB // 4  # every tensor once, but for padding
     assert ours["devices"][0]["name"] == fit["devices"][0]["name"] == HOST
+
+
+@pytest.mark.parametrize("budget", [20 * MIB, 20 * MIB + MIB // 2])
+def test_memory_printed_cut_to_whole_mib_gives_it_no_more_than_the_budget(
+    tmp_path: Path, mixture: ModelHeader, budget: int
+) -> None:
+    program = tmp_path / "llama-fit-params"
+    program.write_text(
+        f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/asked'\n"
+        "echo '  RPC0: a device (100 MiB, 100 MiB free)'\necho '-c 2048'\n"
+    )
+    program.chmod(0o755)
+    run_fit(program, str(mixture.paths[0]), BASE, (Budget("RPC0", "rpc", budget, "RPC0[127.0.0.1:1]"),))
+    words = (tmp_path / "asked").read_text().splitlines()[-1].split()
+    almost = 101 * MIB - 1  # what is printed as 100 MiB may be
+    assert almost - int(words[words.index("--fit-target") + 1]) * MIB <= budget
