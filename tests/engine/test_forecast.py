@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from qnext.engine.llama.quantize import quantise_rows
+from qnext.models.gguf_reader import read_header
+from qnext.models.shape import read_shape
+from qnext.models.synth.imagined import imagined_header
+from qnext.models.synth.slices import FAMILIES, choose_slices, write_slices
 from tests.browser import Browser, contrasts
 from tests.conftest import Qnext
 
@@ -52,6 +57,17 @@ def test_a_forecast_tells_speeds_with_ranges_and_its_slices_are_kept_until_clean
     cleaned = qnext("forecast", "--clean")
     assert cleaned.returncode == 0 and "deleted" in cleaned.stderr
     assert not (qnext_home / "cache" / "slices").exists()
+
+
+@pytest.mark.parametrize("arch", sorted(FAMILIES))
+def test_every_family_has_slices_and_one_that_shows_what_waiting_takes(arch: str, tmp_path: Path) -> None:
+    header = imagined_header(f"tiny-{arch}", "Q4_K_M", 8)
+    shape = read_shape(header)
+    slices = choose_slices(shape, (4, 8))
+    written = write_slices(header, shape, slices, tmp_path, quantizer=quantise_rows)
+    bare = read_shape(read_header(written.bare_path))
+    assert (bare.arch, bare.n_layer) == (arch, 4)
+    assert {read_shape(read_header(path)).arch for path in written.paths.values()} == {arch}
 
 
 def check_page(page: Path, found: dict[str, Any], browser: Browser) -> None:

@@ -184,7 +184,8 @@ def write_slices(
             if shape.experts_used:
                 metadata[f"{shape.arch}.expert_used_count"] = one.experts_used
             _link(Path(part), one, path.name, metadata, layouts)
-        synthesise(f"tiny-{shape.arch}", Path(part) / _BARE, quant="Q8_0", layers=slices.sizes[0])
+        bare = Path(part) / _BARE
+        synthesise(f"tiny-{shape.arch}", bare, quant="Q8_0", layers=slices.sizes[0], quantizer=quantizer)
         with contextlib.suppress(OSError):  # another forecast of the model was first
             Path(part).rename(place)
             Path(part).mkdir()  # for who deletes it
