@@ -34,7 +34,7 @@ from claims._slice import run_qnext
 from qnext.config import Paths
 from qnext.engine.llama.quantize import quantise_rows
 from qnext.engine.rpc import RpcWorker
-from qnext.engine.turns import in_turns, running_ns
+from qnext.engine.turns import Span, in_turns, running_ns
 from qnext.models.gguf_reader import read_header
 from qnext.models.shape import read_shape
 from qnext.models.synth.slices import choose_slices, write_slices
@@ -53,7 +53,7 @@ CONTEXT = ("-c", "4096")
 SPLITS = (12, 8, 4)
 DEVICE_BYTES = 12 << 30
 ROUNDS, PAIRED_GENERATE = 5, 16
-SECONDS = {"decode": 12.0, "prefill": 25.0}
+SECONDS = {"decode": 12.0, "prefill": 40.0}
 """Of each paired round, at least: it lasts until both have run."""
 
 
@@ -155,17 +155,24 @@ def measure_layer() -> Figure:
 
 @claim(
     "forecast-splits",
-    f"decode with the experts of {SPLITS} of 16 layers in RAM, the others on a loopback device",
+    f"decode with the experts of {SPLITS} of 16 layers in RAM, others on a loopback device: medians of five",
     bar="each within 15 %",
     minutes=25,
 )
 def measure_splits() -> Figure:
     splits = _splits()
-    figure = _errors({f"{count} in RAM": (pair,) for count, pair in splits.items()}, 15, 15)
-    inside = sum(pair.inside for pair in splits.values())
-    widest = max(pair.width for pair in splits.values())
-    ranges = f"{inside} of {len(splits)} inside their ranges, at most {widest:.1%} wide on a side"
-    return replace(figure, detail=f"{figure.detail}; {ranges}")
+    middles = {
+        f"{count} in RAM": (replace(runs[0], measured=statistics.median(run.measured for run in runs)),)
+        for count, runs in splits.items()
+    }
+    figure = _errors(middles, 15, 15)
+    runs = [run for one in splits.values() for run in one]
+    inside, widest = sum(run.inside for run in runs), max(run.width for run in runs)
+    ranges = f"{inside} of {len(runs)} runs inside their ranges, at most {widest:.1%} wide on a side"
+    singles = "; ".join(
+        f"{count}: " + ", ".join(f"{100 * run.error:+.1f}" for run in one) for count, one in splits.items()
+    )
+    return replace(figure, detail=f"{figure.detail}; {ranges}; singles {singles} %")
 
 
 @claim(
@@ -267,24 +274,25 @@ def _ratios(
             members.append([child for child in children() if child not in there])
         ratios = []
         for number in range(ROUNDS + 1):
-            small_ns, large_ns = _by_turns(models, members, test, number)
+            ratio = _by_turns(models, members, test, number)
             if number:  # the first touches every page
-                ratios.append(large_ns / small_ns)
+                ratios.append(ratio)
         features = [features_planned(model.planned, test) for model in models]
         return ratios, (features[0], features[1])
 
 
 def _by_turns(
     models: Sequence[RunningModel], members: Sequence[Sequence[psutil.Process]], test: Test, number: int
-) -> list[float]:
-    """Ns per token of each, its own turns alone counted, over the same moments: means, as medians of many
-    short runs and of few long ones would not take the same from a slow moment.
+) -> float:
+    """Time of the second over that of the first, its own turns alone counted: median over the second's runs,
+    each beside what the first did in the same moments. A single long run that something disturbs, as a page
+    that has to come back from disk, is one of several.
 
     The second repeats its run until the time is over, the first until the second's last run is.
     """
     prompt, generate = (PROMPT, 0) if test == "prefill" else (0, PAIRED_GENERATE)
     deadline = time.monotonic() + SECONDS[test]
-    runs: list[list[tuple[int, int]]] = [[] for _ in models]
+    runs: list[list[Span]] = [[] for _ in models]
     over = threading.Event()
 
     def run(side: int) -> None:
@@ -300,10 +308,19 @@ def _by_turns(
             over.set()
 
     turns = in_turns(members, [partial(run, side) for side in range(len(models))])
-    return [
-        statistics.fmean(running_ns(turns[side], *one) for one in runs[side]) / (prompt + generate)
-        for side in range(len(models))
-    ]
+    ratios = [running_ns(turns[1], *one) / _ns_meanwhile(turns[0], runs[0], one) for one in runs[1]]
+    say(f"{test}, round {number}: " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    return statistics.median(ratios)
+
+
+def _ns_meanwhile(turns: Sequence[Span], runs: Sequence[Span], span: Span) -> float:
+    """Ns that a run takes by what of `runs` fell into `span`; parts of runs count as parts."""
+    done, spent = 0.0, 0
+    for began, ended in runs:
+        if part := running_ns(turns, max(began, span[0]), min(ended, span[1])):
+            done += part / running_ns(turns, began, ended)
+            spent += part
+    return spent / done
 
 
 @cache
@@ -323,8 +340,8 @@ def _used(case: Case) -> tuple[Pair, ...]:
 
 
 @cache
-def _splits() -> dict[int, Pair]:
-    """Decode by the number of layers whose experts are in RAM: one forecast, then a run of each."""
+def _splits() -> dict[int, list[Pair]]:
+    """Decode by the number of layers whose experts are in RAM: one forecast, then runs of each in turn."""
     with _file(NEXT_Q4) as (model, home), RpcWorker(threads=1) as worker:
         device = (
             "--rpc",
@@ -339,11 +356,12 @@ def _splits() -> dict[int, Pair]:
         chosen = (*device, "--n-cpu-moe", str(SPLITS[0]))
         told = json.loads(run_qnext(("forecast", str(model), *CONTEXT, *chosen, "--json"), home))
         curve = {one["cpu_expert_layers"]: one["decode"] for one in told["neighbours"]}
-        found = {}
-        for count in SPLITS:
-            measured = _bench(model, home, *device, "--n-cpu-moe", str(count))
-            found[count] = _pair(curve[count], measured["decode"])
-            say(f"{count} layers' experts in RAM: {found[count]}")
+        found: dict[int, list[Pair]] = {count: [] for count in SPLITS}
+        for _ in range(ROUNDS):
+            for count in SPLITS:
+                measured = _bench(model, home, *device, "--n-cpu-moe", str(count))
+                found[count].append(_pair(curve[count], measured["decode"]))
+                say(f"{count} layers' experts in RAM: {found[count][-1]}")
     return found
 
 
