@@ -44,8 +44,9 @@ SCHEMA = "qnext.sweep/1"
 class CellResult:
     """What a cell reached: medians of its `count` good measurements; None where there is none.
 
-    `turn_s` is the objective's time. `gain` is the plan's time over the cell's, by all that was measured of
-    both: for looking at, not for judging.
+    `turn_s` is the objective's time. `gain` is the plan's time over the cell's, at its most likely by all
+    that the sweep measured: medians of different moments may say otherwise, and a sweep without an end has
+    nothing else.
     """
 
     cell: Cell
@@ -128,6 +129,7 @@ def conclude(run: SweepRun, paths: Paths, command: Sequence[str], loads: int) ->
             "verdict": profile.verdict,
             "against": _against_to_dict(against),
             "likely": likely,
+            "gains": {one.cell.name: one.gain for one in results if one.gain is not None},
             "llama_server_argv": list(plan.argv),
             "loads": loads,
             "cut_short": run.cut_short,
@@ -239,10 +241,24 @@ def summarise_cells(
                 gain=None,
             )
         )
+    gains = _gains(found, sweep, result)
+    return tuple(replace(one, gain=gains.get(one.cell.name)) for one in found)
+
+
+def _gains(found: Sequence[CellResult], sweep: StoredSweep, result: Result | None) -> dict[str, float]:
+    """The plan's time over that of each cell that ran."""
+    if result is None and sweep.result and "gains" in sweep.result:
+        return dict(sweep.result["gains"])
     plan = next((one for one in found if "plan" in one.cell.roles), None)
     if plan is None or plan.turn_s is None:
-        return tuple(found)
-    return tuple(replace(one, gain=plan.turn_s / one.turn_s if one.turn_s else None) for one in found)
+        return {}
+    ratios = {one.arm: one.ratio[1] for one in result.standings if one.ratio} if result else {}
+    if plan.cell.name not in ratios:
+        return {one.cell.name: plan.turn_s / one.turn_s for one in found if one.turn_s}
+    own = ratios[plan.cell.name]
+    return {
+        one.cell.name: own / ratios[one.cell.name] for one in found if one.turn_s and one.cell.name in ratios
+    }
 
 
 def _winner(result: Result, results: Mapping[str, CellResult]) -> str:

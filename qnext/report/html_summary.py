@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qnext.hardware.redact import redact_text
-from qnext.report.words import plural
+from qnext.report.words import chance, plural
 
 if TYPE_CHECKING:
     from qnext.pipeline.sweep_results import CellResult
@@ -132,7 +132,10 @@ def headline(
         second = " It is llama.cpp's own fit."
     likely = sweep.result.get("likely")
     if likely is not None:
-        second += f" By all that was measured it is {likely:.0%} likely to be faster than the best of them."
+        second += (
+            f" With what was measured before that test, it is {chance(likely)} likely to be faster than the "
+            "best of them."
+        )
     return first + second
 
 

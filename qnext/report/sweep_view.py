@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qnext.report.words import digits, plural, shell_lines, speed, workload_words
+from qnext.report.words import chance, digits, plural, shell_lines, speed, workload_words
 from qnext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -236,7 +236,9 @@ def verdict_lines(end: SweepEnd) -> list[str]:
         else:
             lines.append(f"against {label}: {_verdict_words(verdict)}")
     if end.likely is not None:
-        lines.append(f"chosen all the same: by all that was measured, {end.likely:.0%} likely to be faster")
+        lines.append(
+            f"chosen all the same: with earlier measurements, {chance(end.likely)} likely to be faster"
+        )
     lines += [
         f"against {label}: {_absence(end, role)}" for role, label in _ROLES.items() if role not in end.against
     ]

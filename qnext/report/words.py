@@ -51,6 +51,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def chance(share: float) -> str:
+    """`96%`; never more than `over 99%`, which a few measurements cannot tell."""
+    return "over 99%" if share > 0.99 else f"{share:.0%}"
+
+
 def local_time(utc: str) -> str:
     """`2026-11-21 02:38` on this machine's clock, from a record's ISO 8601 time."""
     return datetime.fromisoformat(utc).astimezone().strftime("%Y-%m-%d %H:%M")

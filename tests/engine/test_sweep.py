@@ -22,7 +22,7 @@ from qnext.bench.race_duel import BELIEVED
 from qnext.config import Paths, find_paths
 from qnext.pipeline.planning import plan_model
 from qnext.pipeline.request import Request
-from qnext.pipeline.sweep_results import conclude, sweep_to_dict
+from qnext.pipeline.sweep_results import conclude, summarise_cells, sweep_to_dict
 from qnext.pipeline.sweep_setup import Prepared, prepare_sweep
 from qnext.pipeline.sweep_values import Cell, Grid
 from qnext.pipeline.sweeping import (
@@ -125,6 +125,14 @@ def test_a_layout_that_crashes_is_explained_and_the_sweep_goes_on(paths: Paths) 
     assert end.winner.cell.name != "ub 32"
     assert sum(one.status == "ok" for one in end.results) >= 2
     assert json.dumps(sweep_to_dict(end))
+
+    told = {one.arm: one.ratio for one in run.result.standings if one.ratio}
+    plan, ran = end.of_role("plan"), [one for one in end.results if one.turn_s and one.cell.name in told]
+    assert plan is not None and plan.gain == 1
+    for one in ran:
+        assert one.gain == pytest.approx(told[plan.cell.name][1] / told[one.cell.name][1])
+    kept = {one.cell.name: one.gain for one in summarise_cells(end.sweep, run.cells, None)}
+    assert kept == {one.cell.name: one.gain for one in end.results}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,16 @@ from rich.console import Console
 
 from qnext.plan.values import DeviceMemory, SpeedRange
 from qnext.report.record_view import memory_comparison, speed_table
-from qnext.report.words import digits, forecast, local_time, plural, scenario_words, shell_lines, speed
+from qnext.report.words import (
+    chance,
+    digits,
+    forecast,
+    local_time,
+    plural,
+    scenario_words,
+    shell_lines,
+    speed,
+)
 from qnext.store.record import TestResult
 from qnext.units import GIB
 
@@ -99,3 +108,10 @@ def test_tests_stay_in_80_columns_without_wrapping() -> None:
     fast = SpeedRange(3584.0, 6516.0, 10426.0)
     test = TestResult("pp16384 @ d65536", 16384, 0, 65536, (1, 2), 6516.0, 3584.0, 10426.0, fast, None)
     assert len(_draw(speed_table([test]), 80)) == 2
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.957, "96%"), (0.99, "99%"), (0.996, "over 99%"), (1.0, "over 99%")]
+)
+def test_a_chance_is_never_told_as_certain(share: float, text: str) -> None:
+    assert chance(share) == text
