@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qnext.hardware.redact import redact_text
-from qnext.report.words import chance, plural
+from qnext.report.words import chance, interval, plural
 
 if TYPE_CHECKING:
     from qnext.pipeline.sweep_results import CellResult
@@ -67,15 +67,12 @@ def comparisons_of(
             )
             found.append(Comparison(label, "not tested", f"not tested, {why}"))
         else:
-            interval = (
-                f"{told['confidence']:.0%} interval {percent(told['low'] - 1)} to "
-                f"{percent(told['high'] - 1)}, {plural(told['pairs'], 'pair')}"
-            )
+            between = interval(told["low"], told["high"], told["confidence"], told["pairs"])
             found.append(
                 Comparison(
                     label,
                     told["word"],
-                    f"{_difference(told['word'], told['ratio'], per)} ({interval})",
+                    f"{_difference(told['word'], told['ratio'], per)} ({between})",
                     told["ratio"],
                     told["low"],
                     told["high"],

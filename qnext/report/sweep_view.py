@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from qnext.report.words import chance, digits, plural, shell_lines, speed, workload_words
+from qnext.report.words import chance, digits, interval, plural, shell_lines, speed, workload_words
 from qnext.units import format_bytes
 
 if TYPE_CHECKING:
@@ -271,17 +271,12 @@ def _absence(end: SweepEnd, role: Role) -> str:
 
 
 def _verdict_words(verdict: Verdict) -> str:
-    interval = f"{_share(verdict.low)} to {_share(verdict.high)} at {verdict.confidence:.0%}"
-    pairs = f"{verdict.pairs} pairs"
+    between = interval(verdict.low, verdict.high, verdict.confidence, verdict.pairs)
     if verdict.word == "faster":
-        return f"faster, {1 - verdict.ratio:.1%} less time ({interval}, {pairs})"
+        return f"faster, {1 - verdict.ratio:.1%} less time ({between})"
     if verdict.word == "slower":
-        return f"slower, {verdict.ratio - 1:.1%} more time ({interval}, {pairs})"
-    return f"no difference shown ({interval}, {pairs})"
-
-
-def _share(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}"
+        return f"slower, {verdict.ratio - 1:.1%} more time ({between})"
+    return f"no difference shown ({between})"
 
 
 def _cells_table(end: SweepEnd) -> Table:

@@ -56,6 +56,13 @@ def chance(share: float) -> str:
     return "over 99%" if share > 0.99 else f"{share:.0%}"
 
 
+def interval(low: float, high: float, confidence: float, pairs: int) -> str:
+    """`94% interval -13.0% to -1.2%, 5 pairs`, of ratios; one pair has none: `a single pair, -3.0%`."""
+    if pairs == 1:
+        return f"a single pair, {low - 1:+.1%}"
+    return f"{confidence:.0%} interval {low - 1:+.1%} to {high - 1:+.1%}, {plural(pairs, 'pair')}"
+
+
 def local_time(utc: str) -> str:
     """`2026-11-21 02:38` on this machine's clock, from a record's ISO 8601 time."""
     return datetime.fromisoformat(utc).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -16,6 +16,7 @@ from qnext.report.words import (
     chance,
     digits,
     forecast,
+    interval,
     local_time,
     plural,
     scenario_words,
@@ -115,3 +116,8 @@ def test_tests_stay_in_80_columns_without_wrapping() -> None:
 )
 def test_a_chance_is_never_told_as_certain(share: float, text: str) -> None:
     assert chance(share) == text
+
+
+def test_one_pair_has_no_interval() -> None:
+    assert interval(0.87, 0.988, 0.94, 5) == "94% interval -13.0% to -1.2%, 5 pairs"
+    assert interval(0.97, 0.97, 0.0, 1) == "a single pair, -3.0%"
