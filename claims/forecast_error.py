@@ -157,7 +157,7 @@ def measure_layer() -> Figure:
     "forecast-splits",
     f"decode with the experts of {SPLITS} of 16 layers in RAM, others on a loopback device: medians of five",
     bar="each within 15 %",
-    minutes=25,
+    minutes=40,
 )
 def measure_splits() -> Figure:
     splits = _splits()

@@ -153,9 +153,8 @@ def _contest(*, rpc: bool) -> Contest:
         short = prepare_sweep(request, paths, say, grid=grid, seconds=seconds)
         run = run_sweep(start_sweep(short, paths), short, paths, SweepWatch(on_measured=note))
         loads = steps[-1].race.loads + steps[-1].race.reloads
-        chosen = conclude(
-            run, paths, ["claims"], loads
-        ).winner.cell.name  # what `qnext run` takes from then on
+        end = conclude(run, paths, ["claims"], loads)
+        chosen = end.winner.cell.name  # what `qnext run` takes from then on
         sweep_s = time.monotonic() - began
         cells = {cell.name: cell for cell in prepared.live}
         roles = {cell.name: " and ".join(cell.roles) for cell in prepared.live if cell.roles}

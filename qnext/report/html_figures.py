@@ -14,7 +14,7 @@ from qnext.report.words import digits, plural
 
 if TYPE_CHECKING:
     from qnext.bench.knob_model import Level
-    from qnext.pipeline.sweep_results import CellResult
+    from qnext.pipeline.sweep_cell_results import CellResult
 
 CURVES = 4
 CONTENDERS = 5

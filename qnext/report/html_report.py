@@ -38,7 +38,7 @@ from qnext.report.html_summary import (
 from qnext.report.words import local_time, workload_words
 
 if TYPE_CHECKING:
-    from qnext.pipeline.sweep_results import CellResult
+    from qnext.pipeline.sweep_cell_results import CellResult
     from qnext.pipeline.sweep_values import Cell, SweepSettings
     from qnext.store.record import Record
     from qnext.store.sweeps import StoredSweep
@@ -74,7 +74,7 @@ class Row:
 
 def html_report(sweep: StoredSweep, record: Record | None) -> str:
     """The page. `record`, of machine and engine, is any that the sweep left; None where it left none."""
-    from qnext.pipeline.sweep_results import summarise_cells
+    from qnext.pipeline.sweep_cell_results import summarise_cells
     from qnext.pipeline.sweep_values import cell_from_dict, settings_from_dict
 
     settings = settings_from_dict(sweep.settings)

@@ -14,7 +14,7 @@ from qnext.hardware.redact import redact_text
 from qnext.report.words import chance, interval, plural
 
 if TYPE_CHECKING:
-    from qnext.pipeline.sweep_results import CellResult
+    from qnext.pipeline.sweep_cell_results import CellResult
     from qnext.pipeline.sweep_values import SweepSettings
     from qnext.store.sweeps import StoredSweep
 

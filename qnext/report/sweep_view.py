@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qnext.bench.verdict import Verdict
+    from qnext.pipeline.sweep_cell_results import CellResult
     from qnext.pipeline.sweep_engine import Taken
-    from qnext.pipeline.sweep_results import CellResult, SweepEnd
+    from qnext.pipeline.sweep_results import SweepEnd
     from qnext.pipeline.sweep_setup import Prepared
     from qnext.pipeline.sweep_values import Cell, Role
     from qnext.pipeline.sweeping import Progress

@@ -22,7 +22,8 @@ from qnext.bench.race_duel import BELIEVED
 from qnext.config import Paths, find_paths
 from qnext.pipeline.planning import plan_model
 from qnext.pipeline.request import Request
-from qnext.pipeline.sweep_results import conclude, summarise_cells, sweep_to_dict
+from qnext.pipeline.sweep_cell_results import summarise_cells
+from qnext.pipeline.sweep_results import conclude, sweep_to_dict
 from qnext.pipeline.sweep_setup import Prepared, prepare_sweep
 from qnext.pipeline.sweep_values import Cell, Grid
 from qnext.pipeline.sweeping import (
